@@ -1,0 +1,54 @@
+"""FlexKV's exceptions: one flat list under one base.
+
+Owns the types only. Each also inherits the builtin that people catch. Errors of storage never
+appear here: they are statuses, counted in `stats()`, because a failing tier is a miss.
+"""
+
+from __future__ import annotations
+
+
+class FlexKVError(Exception):
+    """Base of every exception that FlexKV raises on purpose."""
+
+
+class KeyInputError(FlexKVError, ValueError):
+    """Tokens, keys, roots or extras of a wrong shape or value."""
+
+
+class KeyTypeError(FlexKVError, TypeError):
+    """Tokens or keys of a wrong dtype or type."""
+
+
+class LayoutError(FlexKVError, ValueError):
+    """A model's or a device's geometry that cannot be served."""
+
+
+class StackConfigError(FlexKVError, ValueError):
+    """A stack that cannot be used; the text names file, line, column, key, value and the fix."""
+
+
+class BackendNotFoundError(FlexKVError, LookupError):
+    """No plug-in of that name; the text says what to install or the nearest name."""
+
+
+class BackendLoadError(FlexKVError, ImportError):
+    """A plug-in that is installed but cannot be used; the text names the plug-in and the reason."""
+
+
+class HostMemoryError(FlexKVError, MemoryError):
+    """The host region does not fit in the machine's memory."""
+
+
+class UnknownNamespaceError(FlexKVError, KeyError):
+    """A namespace that this manager has not registered, or that was reset."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ManagerClosedError(FlexKVError, RuntimeError):
+    """A call on a manager that was closed."""
+
+
+class StateError(FlexKVError, RuntimeError):
+    """A call in a state that does not allow it, such as a second `open`."""

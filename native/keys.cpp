@@ -1,0 +1,5 @@
+#include "bindings.hpp"
+
+namespace flexkv {
+void bind_keys(nanobind::module_&) {}
+}  // namespace flexkv
