@@ -78,6 +78,9 @@ class Index(Protocol):
     def match(self, root: bytes, keys: Keys) -> Match:
         """Walk the keys. Changes nothing: no recency, no pins."""
 
+    def residency(self, root: bytes, keys: Keys, tier: int, group: int) -> Slots:
+        """The slots of one column along the keys: (len(keys),) int64, `NO_SLOT` where it holds no copy."""
+
     def touch(self, root: bytes, keys: Keys) -> None:
         """Count a hit of every copy at these positions, in all tiers and groups. The deepest position counts as
         touched first, so that under LRU a block is never older than its descendants in the same request."""

@@ -1,0 +1,89 @@
+"""What the manager hands to its callers: the results of lookups and the handles of fetches and transfers.
+
+Handles are made and settled by the manager's owner thread and may be waited on by any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexkv_core.plans import FetchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a prefix would find now.
+
+    Attributes:
+        blocks: leading blocks that some tier holds; a hint where a tier is key-addressed.
+        host_blocks: leading blocks ready in host memory.
+        pending: True while a tier has not yet said what it holds; ask again for a better answer.
+    """
+
+    blocks: int
+    host_blocks: int
+    pending: bool
+
+
+class Fetch:
+    """A prefix on its way into host memory, pinned there until `release`.
+
+    Attributes:
+        ready: leading blocks verified and pinned; grows until `done`.
+        done: nothing more will come (complete, failed in part, or past the deadline).
+        sources: after `done`, tier name -> leading blocks that came from it.
+    """
+
+    __slots__ = ("_event", "_release", "done", "loads", "plan", "ready", "released", "sources")
+
+    def __init__(self, release: Callable[[Fetch], None]) -> None:
+        self.ready = 0
+        self.done = False
+        self.sources: dict[str, int] = {}
+        self.plan: FetchPlan | None = None
+        self.loads = 0
+        self.released = False
+        self._release = release
+        self._event = threading.Event()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; returns it."""
+        return self._event.wait(timeout_s)
+
+    def release(self) -> None:
+        """Unpin; blocks being loaded stay pinned until their load has ended. Safe to call twice."""
+        self._release(self)
+
+    def settle(self) -> None:
+        """Mark done (owner thread)."""
+        self.done = True
+        self._event.set()
+
+
+class Transfer:
+    """A load or a store under way.
+
+    Attributes:
+        done: it has ended.
+        blocks: after `done`, device blocks copied (a store that found all blocks held copies none).
+        error: why it failed, or None.
+    """
+
+    __slots__ = ("_event", "blocks", "done", "error")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.blocks = 0
+        self.error: str | None = None
+        self._event = threading.Event()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; returns it."""
+        return self._event.wait(timeout_s)
+
+    def settle(self, blocks: int, error: str | None = None) -> None:
+        """Mark done (owner thread)."""
+        self.blocks, self.error, self.done = blocks, error, True
+        self._event.set()

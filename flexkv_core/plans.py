@@ -1,0 +1,136 @@
+"""What moves where: the plain data that planner, scheduler and manager pass to each other. No behaviour.
+
+Words: a *path* is a namespace root with the keys from its first block on; positions count along it. Arrays of one
+plan are parallel: element i of each speaks of the same block.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.index import Keys, Slots
+
+HOST = 0
+"""Number of the host tier: the first slot-addressed column of the index."""
+
+
+class Outcome(enum.IntEnum):
+    """What became of one block that was read: the backend's status, then the core's own verdict."""
+
+    GOOD = 0
+    MISSING = 1
+    FAILED = 2
+    CORRUPT = 3
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """Blocks of one path to move between the host region and one lower tier.
+
+    Attributes:
+        root, keys: the path, from position 0.
+        tier: number of the lower tier in the stack.
+        positions: (m,) int64, ascending within a group.
+        groups: (m,) uint8.
+        host_slots: (m,) int64, in units of `PAGE` bytes of the host region.
+        tier_slots: (m,) int64 for slot-addressed tiers, else None.
+        payload_bytes, slot_bytes: (m,) int64, without and with padding and seal.
+        generation: of the tier when the move was planned; a tier that lost its medium since has a newer one.
+    """
+
+    root: bytes
+    keys: Keys
+    tier: int
+    positions: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.uint8]
+    host_slots: Slots
+    tier_slots: Slots | None
+    payload_bytes: npt.NDArray[np.int64]
+    slot_bytes: npt.NDArray[np.int64]
+    generation: int = 0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def block_keys(self) -> Keys:
+        """(m, 32) uint8: the keys of the moved blocks."""
+        return self.keys[self.positions]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.slot_bytes.sum())
+
+    def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Move:
+        """The chosen blocks of this move."""
+        return Move(
+            self.root,
+            self.keys,
+            self.tier,
+            self.positions[chosen],
+            self.groups[chosen],
+            self.host_slots[chosen],
+            None if self.tier_slots is None else self.tier_slots[chosen],
+            self.payload_bytes[chosen],
+            self.slot_bytes[chosen],
+            self.generation,
+        )
+
+
+@dataclass(slots=True)
+class Deletion:
+    """Blocks that a key-addressed tier must forget so that it stays within its capacity."""
+
+    tier: int
+    keys: Keys
+    groups: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class FetchPlan:
+    """One fetch: what it holds pinned in host memory and what it still waits for.
+
+    Attributes:
+        blocks: length of the prefix that this fetch tries to supply.
+        needed, pinned, awaited: (groups, blocks) bool; pinned and awaited are subsets of needed.
+        slots: (groups, blocks) int64: host slots of the pinned blocks, `NO_SLOT` elsewhere.
+        sources: (groups, blocks) int16: the stack's tier that each needed block was found in, -1 for none.
+        reads: moves to start; the planner has allocated their host slots.
+        open: False once nothing more may be pinned for it (deadline, release).
+    """
+
+    root: bytes
+    keys: Keys
+    blocks: int
+    needed: npt.NDArray[np.bool_]
+    pinned: npt.NDArray[np.bool_]
+    awaited: npt.NDArray[np.bool_]
+    slots: Slots
+    sources: npt.NDArray[np.int16]
+    reads: list[Move] = field(default_factory=list)
+    open: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class StorePlan:
+    """One store: host slots for the blocks that the host tier does not hold.
+
+    Attributes:
+        positions, groups, slots: (m,) arrays: where each block's bytes go.
+        kept: (groups, n) bool: blocks already in host memory, pinned until the store ends.
+        refused: blocks for which there was no room.
+    """
+
+    root: bytes
+    keys: Keys
+    positions: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.uint8]
+    slots: Slots
+    payload_bytes: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.bool_]
+    refused: int
