@@ -63,9 +63,7 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
             pool = SlotPool(size, extent)
-            books.append(
-                TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=len(policies))
-            )
+            books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=len(policies)))
             policies.append(tier.eviction)
         else:
             bound = _bytes(tier, tier.capacity, simulated_slot_bytes) if tier.capacity else None
@@ -96,7 +94,5 @@ def _bytes(tier: TierConfig, capacity: Capacity | None, slot_bytes: int | None) 
         return capacity.bytes
     if slot_bytes is None:
         text = "unbounded" if capacity.unbounded else f"{capacity.blocks} blocks"
-        raise StackConfigError(
-            f"tier {tier.name}: capacity {text!r} is for simulations; write a size, such as 32GiB"
-        )
+        raise StackConfigError(f"tier {tier.name}: capacity {text!r} is for simulations; write a size, such as 32GiB")
     return UNBOUNDED_BYTES if capacity.blocks is None else capacity.blocks * slot_bytes

@@ -52,3 +52,7 @@ class ManagerClosedError(FlexKVError, RuntimeError):
 
 class StateError(FlexKVError, RuntimeError):
     """A call in a state that does not allow it, such as a second `open`."""
+
+
+class PolicyError(FlexKVError, LookupError):
+    """An eviction policy of unknown or taken name."""

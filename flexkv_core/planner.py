@@ -109,9 +109,7 @@ class Planner:
         self._by_column = {tier.column: tier.number for tier in tiers if tier.column is not None}
         self._models: dict[bytes, _Model] = {}
         self._fetches: set[FetchPlan] = set()
-        self._incoming: set[tuple[bytes, int]] = (
-            set()
-        )  # (key, group) on its way from a lower tier to host memory
+        self._incoming: set[tuple[bytes, int]] = set()  # (key, group) on its way from a lower tier to host memory
         self.refused_blocks = 0
 
     # ---------------------------------------------------------------- models
@@ -135,9 +133,7 @@ class Planner:
     def _model(self, root: bytes) -> _Model:
         model = self._models.get(root)
         if model is None or model.retired:
-            raise UnknownNamespaceError(
-                "this namespace is not registered or was reset: call register() again"
-            )
+            raise UnknownNamespaceError("this namespace is not registered or was reset: call register() again")
         return model
 
     # ---------------------------------------------------------------- lookup
@@ -152,9 +148,7 @@ class Planner:
             covered_prefix(sources == HOST, coverages),
         )
 
-    def _locate(
-        self, model: _Model, root: bytes, keys: Keys
-    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+    def _locate(self, model: _Model, root: bytes, keys: Keys) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """Return the number of the fastest tier that holds each block, and its slot: (groups, n) arrays."""
         match = self.index.match(root, keys)
         known = match.tiers.shape[1]
@@ -263,9 +257,7 @@ class Planner:
         fetch.awaited[:] = False
         self._fetches.discard(fetch)
         ready = self.ready(fetch)
-        served = np.where(fetch.pinned[:, :ready], fetch.sources[:, :ready], NOWHERE).max(
-            axis=0, initial=NOWHERE
-        )
+        served = np.where(fetch.pinned[:, :ready], fetch.sources[:, :ready], NOWHERE).max(axis=0, initial=NOWHERE)
         hits = {tier.number: int((served == tier.number).sum()) for tier in self.tiers}
         for tier in self.tiers:
             tier.counters.hit_blocks += hits[tier.number]
@@ -314,9 +306,7 @@ class Planner:
     def commit_store(self, plan: StorePlan) -> list[Move]:
         """Make the stored blocks visible; return the writes that bring the lower tiers up to date."""
         model = self._models[plan.root]
-        stored = self._move(
-            model, plan.root, plan.keys, self._host, plan.positions, plan.groups, plan.slots, None
-        )
+        stored = self._move(model, plan.root, plan.keys, self._host, plan.positions, plan.groups, plan.slots, None)
         self._commit(self._host, stored, plan.slots)
         writes = [] if model.retired else self._write_through(model, plan)
         self._unpin_host(plan.root, plan.keys, plan.kept)
@@ -495,9 +485,7 @@ class Planner:
         payload = np.array([g.block_bytes for g in model.groups], np.int64)[groups]
         total = np.array([g.slot_bytes for g in model.groups], np.int64)[groups]
         addressed = tier_slots if tier.addressing == "slot" else None
-        return Move(
-            root, keys, tier.number, positions, groups, host_slots, addressed, payload, total, tier.generation
-        )
+        return Move(root, keys, tier.number, positions, groups, host_slots, addressed, payload, total, tier.generation)
 
     def _commit(self, tier: TierBook, move: Move, slots: npt.NDArray[np.int64]) -> None:
         """Insert copies into a slot-addressed tier's column; duplicates and old epochs give their slots back."""
@@ -513,9 +501,7 @@ class Planner:
             at, mine = move.positions[chosen], slots[chosen]
             spread = np.full(int(at.max()) + 1, NO_SLOT, np.int64)
             spread[at] = mine
-            taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, int(group), spread)[
-                at
-            ]
+            taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, int(group), spread)[at]
             tier.pool.free(mine[~taken])
             tier.counters.stored_blocks += int(taken.sum())
 
@@ -566,9 +552,7 @@ class Planner:
 
         self._each_run(move, drop)
 
-    def _pin_host(
-        self, fetch: FetchPlan, group: int, at: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
-    ) -> None:
+    def _pin_host(self, fetch: FetchPlan, group: int, at: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> None:
         for start, stop in _runs(at):
             self.index.pin(fetch.root, fetch.keys, HOST, group, start, stop)
         fetch.pinned[group, at] = True

@@ -107,7 +107,7 @@ class Scheduler:
         def run() -> None:
             try:
                 answer.set_result(act(*args))
-            except BaseException as error:  # noqa: BLE001 - handed to the caller
+            except BaseException as error:
                 answer.set_exception(error)
 
         self.call(run)
@@ -181,9 +181,7 @@ class Scheduler:
 
         def piece(listing: Listing) -> None:
             with self._lock:
-                excess = self._planner.add_listing(
-                    queue.number, listing.keys, listing.groups, listing.lengths
-                )
+                excess = self._planner.add_listing(queue.number, listing.keys, listing.groups, listing.lengths)
             if excess is not None:
                 self._delete(queue, excess, lambda ok: None)
 
@@ -239,7 +237,7 @@ class Scheduler:
         def run() -> None:
             try:
                 result, error = work(), None
-            except BaseException as caught:  # noqa: BLE001 - handed to the owner
+            except BaseException as caught:
                 result, error = None, caught
             self.call(finish, result, error)
 
