@@ -58,6 +58,7 @@ class TierBook:
     counters: TierCounters = field(default_factory=TierCounters)
     queued: set[tuple[bytes, int]] = field(default_factory=set)  # (key, group) on its way down
     reserved_bytes: int = 0  # being written to a key-addressed tier, not yet in its record
+    debris_bytes: int = 0  # corrupt copies there, out of the record but not yet deleted
     generation: int = 0  # grows when the tier's medium is lost; moves of an older one no longer count
 
     @property
@@ -226,6 +227,7 @@ class Planner:
         if tier.presence is None or not corrupt.any():
             return None
         bad = move.part(corrupt)
+        tier.debris_bytes += bad.nbytes
         return Deletion(move.tier, bad.block_keys, bad.groups, bad.slot_bytes)
 
     def _feed(self, fetch: FetchPlan, move: Move) -> None:
@@ -366,9 +368,9 @@ class Planner:
             if tier.presence.capacity_bytes is None:
                 return move, None
             planned = tier.reserved_bytes + move.nbytes
-            keys, groups, lengths = tier.presence.evict_for(planned)
+            keys, groups, lengths = tier.presence.evict_for(planned + tier.debris_bytes)
             deletion = Deletion(tier.number, keys, groups, lengths) if len(groups) else None
-            if tier.presence.used_bytes + planned > tier.presence.capacity_bytes:
+            if tier.presence.used_bytes + tier.debris_bytes + planned > tier.presence.capacity_bytes:
                 self.drop_write(move)
                 return None, deletion
             tier.reserved_bytes = planned
@@ -423,6 +425,15 @@ class Planner:
         tier.counters.evicted_blocks += int(ok.sum())
         if tier.presence is not None and not ok.all():
             tier.presence.add(deletion.keys[~ok], deletion.groups[~ok], deletion.lengths[~ok])
+
+    def finish_removal(self, deletion: Deletion, ok: npt.NDArray[np.bool_]) -> None:
+        """Corrupt copies were deleted; one that could not be takes room until the tier is listed again."""
+        tier = self.tiers[deletion.tier]
+        tier.debris_bytes = max(0, tier.debris_bytes - int(deletion.lengths[ok].sum()))
+
+    def begin_listing(self, number: int) -> None:
+        """A tier is about to say all that it holds, corrupt copies that could not be deleted included."""
+        self.tiers[number].debris_bytes = 0
 
     def add_listing(
         self, number: int, keys: Keys, groups: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]

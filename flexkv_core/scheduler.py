@@ -185,6 +185,8 @@ class Scheduler:
             if excess is not None:
                 self._delete(queue, excess, lambda ok: None)
 
+        with self._lock:
+            self._planner.begin_listing(queue.number)
         queue.link.list(piece, lambda complete: None)
 
     def _abandon(self, queue: TierQueue) -> None:
@@ -387,10 +389,15 @@ class Scheduler:
             queue.link.submit("delete", batch, lambda statuses, n=number: answered(n, statuses))  # type: ignore[misc]
 
     def _remove(self, queue: TierQueue, corrupt: Deletion) -> None:
-        """Have the tier delete corrupt copies; they are out of its record whatever it answers."""
-        if "delete" in queue.link.powers:
-            batch = _deletion_batch(corrupt, slice(None))
-            queue.link.submit("delete", batch, lambda statuses: None)
+        """Have the tier delete corrupt copies; they are out of its record already."""
+        if "delete" not in queue.link.powers:
+            return
+
+        def removed(statuses: npt.NDArray[np.uint8]) -> None:
+            with self._lock:
+                self._planner.finish_removal(corrupt, statuses != Status.FAILED)
+
+        queue.link.submit("delete", _deletion_batch(corrupt, slice(None)), removed)
 
     # ---------------------------------------------------------------- idleness
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -70,6 +70,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.host: dict[int, tuple[bytes, int]] = {}
         self.ssd: dict[int, tuple[bytes, int]] = {}
         self.keyed: dict[tuple[bytes, int], int] = {}
+        self.undeletable = 0
+        self.sunk: set[tuple[bytes, tuple[int, ...]]] = set()
         self.open_fetches: list[FetchPlan] = []
         self.open_reads: list[Move] = []
         self.open_stores: list[StorePlan] = []
@@ -78,6 +80,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # ---- stores
 
+    @precondition(lambda self: len(self.open_stores) < 2 and len(self.open_writes) < 3)
     @rule(target=stores, root=roots, path=paths, offered=st.integers(0, 255))
     def begin_store(self, root: bytes, path: tuple[int, ...], offered: int) -> StorePlan:
         TRANSITIONS["begin_store"] += 1
@@ -106,6 +109,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def store_and_sink(self, root: bytes, path: tuple[int, ...]) -> None:
         """A store whose writes all succeed at once: fills the lower tiers."""
         TRANSITIONS["store_and_sink"] += 1
+        self.sunk.add((root, path))
         plan = self.planner.begin_store(root, chain(root, path), np.ones((2, len(path)), np.bool_))
         for slot, at, group in zip(plan.slots, plan.positions, plan.groups, strict=True):
             self.host[int(slot)] = (plan.keys[at].tobytes(), int(group))
@@ -127,7 +131,7 @@ class PlannerMachine(RuleBasedStateMachine):
         move = self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1)))
         started, deletion = self.planner.start_write(move)
         if deletion is not None:
-            ok = np.array([data.draw(st.integers(0, 5)) > 0 for _ in deletion.groups], np.bool_)
+            ok = np.array([data.draw(st.booleans()) for _ in deletion.groups], np.bool_)
             for key, group, gone in zip(deletion.keys, deletion.groups, ok, strict=True):
                 if gone:
                     self.keyed.pop((key.tobytes(), int(group)), None)
@@ -166,8 +170,17 @@ class PlannerMachine(RuleBasedStateMachine):
 
     # ---- fetches
 
+    @precondition(lambda self: len(self.open_fetches) < 2)
     @rule(target=fetches, root=roots, path=paths)
     def begin_fetch(self, root: bytes, path: tuple[int, ...]) -> FetchPlan:
+        return self._fetch(root, path)
+
+    @precondition(lambda self: self.sunk and len(self.open_fetches) < 3)
+    @rule(target=fetches, data=st.data())
+    def fetch_what_has_sunk(self, data: st.DataObject) -> FetchPlan:
+        return self._fetch(*data.draw(st.sampled_from(sorted(self.sunk))))
+
+    def _fetch(self, root: bytes, path: tuple[int, ...]) -> FetchPlan:
         TRANSITIONS["begin_fetch"] += 1
         keys = chain(root, path)
         blocks = self.planner.lookup(root, keys)[0]
@@ -196,7 +209,16 @@ class PlannerMachine(RuleBasedStateMachine):
             if outcome[i] == Outcome.GOOD:
                 self.host[int(move.host_slots[i])] = name
             TRANSITIONS[f"read_{Outcome(outcome[i]).name.lower()}"] += 1
-        self.planner.finish_read(move, outcome)
+            if outcome[i] == Outcome.MISSING:
+                self.keyed.pop(name, None)
+        corrupt = self.planner.finish_read(move, outcome)
+        if corrupt is not None:
+            ok = np.array([data.draw(st.integers(0, 5)) > 0 for _ in corrupt.groups], np.bool_)
+            for key, group, gone in zip(corrupt.keys, corrupt.groups, ok, strict=True):
+                if gone:
+                    self.keyed.pop((key.tobytes(), int(group)), None)
+            self.undeletable += int((~ok).sum()) * SLOT
+            self.planner.finish_removal(corrupt, ok)
 
     @rule(plan=fetches)
     def deadline(self, plan: FetchPlan) -> None:
@@ -273,11 +295,18 @@ class PlannerMachine(RuleBasedStateMachine):
             assert self.planner.tiers[tier].used_bytes == 0
         assert not any(tier.queued for tier in self.planner.tiers)
         assert self.planner.tiers[2].reserved_bytes == 0
+        assert self.planner.tiers[2].debris_bytes == self.undeletable
 
 
 def test_whatever_happens_the_rules_hold() -> None:
     TRANSITIONS.clear()
-    machine = settings(max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    machine = settings(
+        max_examples=500,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
     PlannerMachine.TestCase.settings = machine
     PlannerMachine.TestCase().runTest()
     print(dict(TRANSITIONS))
@@ -294,7 +323,7 @@ def test_whatever_happens_the_rules_hold() -> None:
             "abort_store",
             "drop_write",
         )
-        if TRANSITIONS[name] < 10
+        if TRANSITIONS[name] < 5
     ]
     assert not rare, f"transitions that this run hardly took: {rare}"
 
