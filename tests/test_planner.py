@@ -233,7 +233,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.release(plan)
 
     @precondition(
-        lambda self: len(self.keyed) > 12 and not self.open_started and not any(r.tier == 2 for r in self.open_reads)
+        lambda self: len(self.keyed) > 23 and not self.open_started and not any(r.tier == 2 for r in self.open_reads)
     )
     @rule()
     def lose_keyed_tier(self) -> None:
@@ -244,7 +244,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.lose_tier(2)
         self.keyed.clear()
 
-    @precondition(lambda self: len(self.ssd) > 16)
+    @precondition(lambda self: len(self.ssd) > 18)
     @rule()
     def lose_slot_tier_with_moves_in_flight(self) -> None:
         TRANSITIONS["lose_slot_tier"] += 1
