@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "bindings.hpp"
+#include "stream_copy.hpp"
 #include "thread_pool.hpp"
 
 namespace nb = nanobind;
@@ -15,6 +16,7 @@ namespace flexkv {
 namespace {
 
 constexpr std::uint64_t kGrain = 4096;  // threads meet at page borders of the byte stream
+constexpr std::uint64_t kStreamFrom = 4 << 20;  // bytes a call from which copies go past the caches
 
 using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -43,56 +45,70 @@ Plan plan_of(const Int64s& offsets, const Int64s& blocks, const Addresses& base,
           host_offset.data(), f, static_cast<std::uint64_t>(host_offset.data()[f - 1] + length.data()[f - 1])};
 }
 
-// Calls copy(host, device, bytes) for the runs of bytes [first, last) of the blocks' payloads laid end to end.
-template <class Copy>
-void walk(const Plan& plan, std::uint8_t* host, std::uint64_t first, std::uint64_t last, Copy copy) {
+enum class Direction { kGather, kScatter };
+
+// Copies the bytes [first, last) of the blocks' payloads laid end to end, in the order of the host's bytes.
+template <Direction direction, bool stream>
+void walk(const Plan& plan, std::uint8_t* host, std::uint64_t first, std::uint64_t last) {
   std::uint64_t left = last - first;
   std::size_t block = first / plan.block_bytes;
   auto within = static_cast<std::int64_t>(first % plan.block_bytes);
-  std::size_t f = static_cast<std::size_t>(
+  auto f = static_cast<std::size_t>(
       std::upper_bound(plan.host_offset, plan.host_offset + plan.fragments, within) - plan.host_offset - 1);
-  while (left != 0) {
-    const std::int64_t skip = within - plan.host_offset[f];
-    const std::uint64_t bytes = std::min(static_cast<std::uint64_t>(plan.length[f] - skip), left);
-    const std::uint64_t address =
-        plan.base[f] + static_cast<std::uint64_t>(plan.blocks[block] * plan.stride[f] + skip);
-    copy(host + plan.offsets[block] + within, reinterpret_cast<std::uint8_t*>(address), bytes);
+  const auto device_at = [&](std::size_t b, std::size_t fragment) {
+    return reinterpret_cast<std::uint8_t*>(plan.base[fragment] +
+                                           static_cast<std::uint64_t>(plan.blocks[b] * plan.stride[fragment]));
+  };
+  std::uint8_t* device = device_at(block, f) + (within - plan.host_offset[f]);
+  for (;;) {
+    std::uint8_t* at_host = host + plan.offsets[block] + within;
+    const auto rest = static_cast<std::uint64_t>(plan.host_offset[f] + plan.length[f] - within);
+    const std::uint64_t bytes = std::min(rest, left);
     left -= bytes;
     within += static_cast<std::int64_t>(bytes);
-    if (++f == plan.fragments) {
+    if (left != 0 && ++f == plan.fragments) {
       f = 0;
       within = 0;
       ++block;
     }
+    std::uint8_t* next = left != 0 ? device_at(block, f) : device;
+    if constexpr (direction == Direction::kGather) {
+      if constexpr (stream) stream_copy(at_host, device, bytes, next);
+      else std::memcpy(at_host, device, bytes);
+    } else {
+      if constexpr (stream) stream_copy(device, at_host, bytes, at_host + bytes);
+      else std::memcpy(device, at_host, bytes);
+    }
+    if (left == 0) break;
+    device = next;
   }
+  if constexpr (stream) stream_end();
 }
 
-template <class Copy>
-void run(const Plan& plan, std::uint8_t* host, std::size_t threads, Copy copy) {
+template <Direction direction>
+void run(const Plan& plan, std::uint8_t* host, std::size_t threads) {
   const std::uint64_t total = plan.block_bytes * plan.count;
   const std::size_t parts = std::min<std::uint64_t>(std::max<std::size_t>(threads, 1), total / kGrain + 1);
+  const bool stream = total >= kStreamFrom;
   nb::gil_scoped_release release;
   ThreadPool::instance().run(parts, [&](std::size_t part) {
     const auto [first, last] = share(total, part, parts, kGrain);
-    walk(plan, host, first, last, copy);
+    if (first == last) return;
+    if (stream) walk<direction, true>(plan, host, first, last);
+    else walk<direction, false>(plan, host, first, last);
   });
 }
 
 void gather(Bytes host, Int64s offsets, Int64s blocks, Addresses base, Int64s stride, Int64s length,
             Int64s host_offset, std::size_t threads) {
-  run(plan_of(offsets, blocks, base, stride, length, host_offset), host.data(), threads,
-      [](std::uint8_t* at_host, std::uint8_t* at_device, std::uint64_t bytes) {
-        std::memcpy(at_host, at_device, bytes);
-      });
+  run<Direction::kGather>(plan_of(offsets, blocks, base, stride, length, host_offset), host.data(), threads);
 }
 
 void scatter(ConstBytes host, Int64s offsets, Int64s blocks, Addresses base, Int64s stride, Int64s length,
              Int64s host_offset, std::size_t threads) {
   // Only read through: `walk` is shared with gather.
-  run(plan_of(offsets, blocks, base, stride, length, host_offset), const_cast<std::uint8_t*>(host.data()), threads,
-      [](std::uint8_t* at_host, std::uint8_t* at_device, std::uint64_t bytes) {
-        std::memcpy(at_device, at_host, bytes);
-      });
+  run<Direction::kScatter>(plan_of(offsets, blocks, base, stride, length, host_offset),
+                           const_cast<std::uint8_t*>(host.data()), threads);
 }
 
 void memcpy_parallel(Bytes to, ConstBytes from, std::size_t threads) {
