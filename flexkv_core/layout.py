@@ -102,19 +102,20 @@ class ModelSpec:
             raise LayoutError(f"{len(self.groups)} KV groups: a model has 1 to 255")
 
 
-# --- fragments: where a block's bytes lie in device memory ----------------------------------------------------
+# --- fragments: where a block's bytes lie in device memory --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragments:
     """The runs of bytes that make up a block of one KV group on one device; arrays of length f, read-only.
 
-    Fragment i of device block b is `length[i]` bytes from address `base[i] + b * page_stride[i]`; in the block's
-    payload they start at byte `host_offset[i]`. In payload order, without gaps.
+    Fragment i of device block b is `length[i]` bytes from address `base[i] + b * page_stride[i]`; in the
+    block's payload they start at byte `host_offset[i]`. In payload order, without gaps.
 
     Attributes:
         base: (f,) uint64, addresses in device block 0.
-        page_stride: (f,) int64, bytes from one device block to the next; may be negative; 0 if there is only one.
+        page_stride: (f,) int64, bytes from one device block to the next; may be negative; 0 if there is only
+            one.
         length: (f,) int64, bytes, positive.
         host_offset: (f,) int64, bytes: the running sum of `length`.
         block_bytes: the sum of `length`: this device's bytes of a block.
@@ -135,23 +136,24 @@ class Fragments:
 def fragments_of(tensors: Sequence[Any], block_axis: int | Sequence[int] = 0) -> Fragments:
     """Find the maximal contiguous runs of a block in a set of tensors.
 
-    **Order of the payload's bytes**: tensor after tensor as given; within a tensor ascending device address, that is,
-    all axes but the block axis in order of descending stride, whatever order the shape lists them in (two views of the
-    same memory that differ by a transposition give the same payload). A tensor for all layers whose layer axis
-    has the largest stride and a list of one tensor a layer hence give the same payload too. `KVGroup.layout` must
-    name this order, since caches of different orders must not share.
+    **Order of the payload's bytes**: tensor after tensor as given; within a tensor ascending device address,
+    that is, all axes but the block axis in order of descending stride, whatever order the shape lists them in
+    (two views of the same memory that differ by a transposition give the same payload). A tensor for all
+    layers whose layer axis has the largest stride and a list of one tensor a layer hence give the same
+    payload too. `KVGroup.layout` must name this order, since caches of different orders must not share.
 
-    Runs that continue each other, also from one tensor to the next, in every device block become one fragment.
+    Runs that continue each other, also from one tensor to the next, in every device block become one
+    fragment.
 
     Args:
         tensors: NumPy arrays, torch tensors (of any device: only addresses are taken), or anything that has
-            `__array_interface__`. K and V may be separate or fused, layers in one tensor or one each, any axis order
-            and any strides.
+            `__array_interface__`. K and V may be separate or fused, layers in one tensor or one each, any
+            axis order and any strides.
         block_axis: the axis that counts device blocks, negative from the end; one for all, or one a tensor.
 
     Raises:
-        LayoutError: naming the tensor's number: no tensors, no blocks or bytes, different numbers of blocks, read-only
-            memory, an axis that does not exist, strides by which elements overlap or interleave.
+        LayoutError: naming the tensor's number: no tensors, no blocks or bytes, different numbers of blocks,
+            read-only memory, an axis that does not exist, strides by which elements overlap or interleave.
     """
     if len(tensors) == 0:
         raise LayoutError("tensors: there are none; a KV group needs at least one")
@@ -180,7 +182,7 @@ def fragments_of(tensors: Sequence[Any], block_axis: int | Sequence[int] = 0) ->
 
 
 def _runs_of(number: int, tensor: Any, block_axis: int) -> tuple[int, int, npt.NDArray[np.uint64], int]:
-    """Return of one tensor: blocks, bytes from one to the next, addresses of the runs in block 0, bytes of a run."""
+    """Return of one tensor: blocks, bytes between them, addresses of the runs in block 0, bytes of a run."""
     address, shape, strides, item = _geometry(number, tensor)
     if not -len(shape) <= block_axis < len(shape):
         raise LayoutError(f"tensor {number}: has no axis {block_axis}, its shape is {shape}")
@@ -192,8 +194,8 @@ def _runs_of(number: int, tensor: Any, block_axis: int) -> tuple[int, int, npt.N
     for stride, count, axis in axes:
         if stride < extent:
             raise LayoutError(
-                f"tensor {number}: axis {axis} has a stride of {stride} bytes, less than the {extent} bytes within it: "
-                "elements overlap or interleave; give the tensor itself, not an expanded view"
+                f"tensor {number}: axis {axis} has a stride of {stride} bytes, less than the {extent} bytes "
+                "within it: elements overlap or interleave; give the tensor itself, not an expanded view"
             )
         extent += (count - 1) * stride
     pages, page_stride = shape[block_axis], strides[block_axis] if shape[block_axis] > 1 else 0

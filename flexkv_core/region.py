@@ -1,7 +1,7 @@
 """The host region: the shared memory of the cpu tier, and the checks of what addresses into it.
 
-Owns creating, sizing, pre-faulting, sharing and unmapping the region, and refusing one that the machine cannot bear.
-Does not own slots (pool.py), nor what lies in them (seal.py).
+Owns creating, sizing, pre-faulting, sharing and unmapping the region, and refusing one that the machine
+cannot bear. Does not own slots (pool.py), nor what lies in them (seal.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 RESERVE_SHARE = 0.05
 RESERVE_BYTES = 512 << 20
-"""What a region leaves to the rest of the machine or container: the larger of this and that share of its memory."""
+"""What a region leaves to the rest of the machine or container: the larger of this and that share."""
 
 _CHUNK = 256 << 20  # bytes pre-faulted between two calls of the progress callback
 _log = logging.getLogger("flexkv.region")
@@ -70,7 +70,7 @@ def memory_limits(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgrou
     if "MemTotal" in info and "MemAvailable" in info:
         limits.append(MemoryLimit("MemAvailable", info["MemTotal"] << 10, info["MemAvailable"] << 10))
     for line in _text(proc / "self" / "cgroup").splitlines():
-        hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
         if hierarchy == "0" and controllers == "":
             files = ("memory.max", "memory.current", "inactive_file")
             limits += _cgroup_limits(cgroup, path, *files)
@@ -113,9 +113,10 @@ def check_memory(size_bytes: int, limits: list[MemoryLimit]) -> None:
     for limit in limits:
         if size_bytes > limit.usable:
             raise HostMemoryError(
-                f"capacity {size_bytes} ({_size(size_bytes)}) of the cpu tier does not fit: {limit.name} leaves "
-                f"{_size(limit.available)} of {_size(limit.total)}, of which {_size(max(limit.usable, 0))} may be "
-                f"used; set capacity to at most {max(limit.usable, 0) >> 20}MiB, or free memory or raise the limit"
+                f"capacity {size_bytes} ({_size(size_bytes)}) of the cpu tier does not fit: {limit.name} "
+                f"leaves {_size(limit.available)} of {_size(limit.total)}, "
+                f"{_size(max(limit.usable, 0))} of that usable; "
+                f"set capacity to at most {max(limit.usable, 0) >> 20}MiB, or free memory or raise the limit"
             )
 
 
@@ -131,10 +132,11 @@ class HostRegion:
 
     It is a memfd, so nothing is left behind when its processes die, however they die. It is sealed against
     resizing, so that no holder can turn another's access into a SIGBUS. The creator hands `fd` to children
-    (inheritance or SCM_RIGHTS); they `attach`. Memory goes back to the machine when the last one has closed it.
+    (inheritance or SCM_RIGHTS); they `attach`. Memory goes back to the machine when the last one has closed
+    it.
 
-    `fd` belongs to the region and is not inheritable by itself. Views from `buffer` and `array` stay valid until
-    they are dropped, even after `close`, which then only gives up this object's hold.
+    `fd` belongs to the region and is not inheritable by itself. Views from `buffer` and `array` stay valid
+    until they are dropped, even after `close`, which then only gives up this object's hold.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -225,7 +227,7 @@ class HostRegion:
         try:
             os.fchmod(fd, 0o600)
             space = os.fstatvfs(fd)
-            if 0 < space.f_blocks and space.f_bavail * space.f_frsize < size and not flags:
+            if space.f_blocks > 0 and space.f_bavail * space.f_frsize < size and not flags:
                 raise HostMemoryError(
                     f"capacity {size}: shared memory has {space.f_bavail * space.f_frsize} bytes free; "
                     "lower capacity or raise the limit of the shared-memory file system"
@@ -236,7 +238,7 @@ class HostRegion:
         except OSError as error:
             os.close(fd)
             raise HostMemoryError(
-                f"capacity {size}: the system refuses: {error}; lower capacity, or see ulimit -f and ulimit -v"
+                f"capacity {size}: the system refuses: {error}; lower capacity, or see ulimit -f and -v"
             ) from error
         except BaseException:
             os.close(fd)
@@ -249,7 +251,8 @@ class HostRegion:
             error = _native.populate(self.address + start, length, threads)
             if error:
                 raise HostMemoryError(
-                    f"capacity {self._size}: {os.strerror(error)} after {start} bytes; lower capacity or free memory"
+                    f"capacity {self._size}: {os.strerror(error)} after {start} bytes; "
+                    "lower capacity or free memory"
                 )
             if progress is not None:
                 progress(start + length, self._size)
@@ -294,7 +297,8 @@ class HostRegion:
     @property
     def buffer(self) -> memoryview:
         """The whole region as a writable memoryview of bytes; StateError after `close`."""
-        return memoryview(self._opened())
+        self._opened()
+        return memoryview(cast(mmap.mmap, self._map))
 
     @property
     def address(self) -> int:
@@ -307,8 +311,8 @@ class HostRegion:
         return self._array
 
     def close(self) -> None:
-        """Give up the mapping and the file descriptor. May be called again. Memory that views still show stays
-        mapped until they are dropped."""
+        """Give up the mapping and the file descriptor. May be called again. Memory that views still show
+        stays mapped until they are dropped."""
         if self._map is None:
             return
         mapping, self._map, self._array = self._map, None, None
@@ -347,7 +351,7 @@ def host_bytes(host: Any) -> npt.NDArray[np.uint8]:
 
 
 def int64_vector(name: str, values: Any) -> npt.NDArray[np.int64]:
-    """Return `values` as a C-contiguous (n,) int64 array; LayoutError naming `name` for another dtype or shape."""
+    """Return `values` as a C-contiguous (n,) int64 array; LayoutError naming `name` for anything else."""
     array = np.asarray(values)
     if array.dtype != np.int64 or array.ndim != 1:
         raise LayoutError(
@@ -357,7 +361,7 @@ def int64_vector(name: str, values: Any) -> npt.NDArray[np.int64]:
 
 
 def check_spans(host_size: int, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64] | int) -> None:
-    """Raise LayoutError naming index and value unless every [offset, offset + length) lies in the host region."""
+    """Raise LayoutError naming index and value unless each [offset, offset + length) is in the host."""
     wrong = (offsets < 0) | (offsets > np.subtract(host_size, lengths))
     if wrong.any():
         i = int(np.argmax(wrong))
@@ -378,5 +382,5 @@ def check_disjoint(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64
         at = int(np.argmax(overlap))
         i, j = int(order[at]), int(order[at + 1])
         raise LayoutError(
-            f"offsets[{j}] = {int(offsets[j])}: the block there overlaps the one of offsets[{i}] = {int(offsets[i])}"
+            f"offsets[{j}] = {int(offsets[j])}: overlaps the block of offsets[{i}] = {int(offsets[i])}"
         )

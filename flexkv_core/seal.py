@@ -1,7 +1,7 @@
 """Seals: the page behind a block's payload that says what the block is and whether it is whole.
 
-Owns the format and the batch calls that write and check it. Does not own what a bad seal entails (the caller counts
-a miss and drops the copy), nor where blocks lie.
+Owns the format and the batch calls that write and check it. Does not own what a bad seal entails (the caller
+counts a miss and drops the copy), nor where blocks lie.
 
 A block in a slot, all numbers little endian::
 
@@ -17,8 +17,8 @@ A block in a slot, all numbers little endian::
         64  8   xxh3-64 (seed 0) of bytes 0 to 63 of this page
         72      zeros
 
-The checksums cover the payload and the header. The padding and the zeros after the header are of no use to anybody and
-are not covered: damage there does not make a block bad.
+The checksums cover the payload and the header. The padding and the zeros after the header are of no use to
+anybody and are not covered: damage there does not make a block bad.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VERSION = 1
 
 
 class SealFault(enum.IntEnum):
-    """What is wrong with a block; the first that holds, in this order (numbers shared with native/seal.cpp)."""
+    """What is wrong with a block; the first that holds, in this order (as in native/seal.cpp)."""
 
     GOOD = 0
     MAGIC = 1
@@ -60,6 +60,7 @@ def seal_blocks(
     payload_bytes: npt.NDArray[np.int64] | int,
     keys: npt.NDArray[np.uint8],
     groups: npt.NDArray[np.uint8],
+    *,
     threads: int = 1,
 ) -> None:
     """Write padding and seal behind each payload. Releases the GIL.
@@ -73,10 +74,11 @@ def seal_blocks(
         threads: that share the work by bytes.
 
     Raises:
-        LayoutError: an argument of another shape or dtype, a block (payload, padding and seal) that is not within the
-            buffer, blocks that overlap, a buffer that is read-only. Nothing has been written.
+        LayoutError: an argument of another shape or dtype, a block (payload, padding and seal) that is not
+            within the buffer, blocks that overlap, a buffer that is read-only. Nothing has been written.
     """
-    array, offsets, lengths, keys, groups = _checked(host, offsets, payload_bytes, keys, groups, threads)
+    array, offsets, lengths, keys, groups = _checked(host, offsets, payload_bytes, keys, groups)
+    _check_threads(threads)
     if not array.flags.writeable:
         raise LayoutError("host: is read-only, sealing writes to it")
     check_disjoint(offsets, _slot_bytes(lengths))
@@ -89,6 +91,7 @@ def verify_blocks(
     payload_bytes: npt.NDArray[np.int64] | int,
     keys: npt.NDArray[np.uint8],
     groups: npt.NDArray[np.uint8],
+    *,
     threads: int = 1,
 ) -> npt.NDArray[np.uint8]:
     """Check each block against its seal and the identity that is expected of it. Releases the GIL.
@@ -96,12 +99,19 @@ def verify_blocks(
     Arguments and errors are those of `seal_blocks`; the buffer may be read-only and blocks may overlap.
 
     Returns:
-        (n,) uint8: `SealFault` numbers, 0 (GOOD) where the block is the one that was sealed under this key and group.
+        (n,) uint8: `SealFault` numbers, 0 (GOOD) where the block is the one that was sealed under this key
+        and group.
     """
-    array, offsets, lengths, keys, groups = _checked(host, offsets, payload_bytes, keys, groups, threads)
+    array, offsets, lengths, keys, groups = _checked(host, offsets, payload_bytes, keys, groups)
+    _check_threads(threads)
     faults = np.empty(len(offsets), np.uint8)
     _native.verify_blocks(array, offsets, lengths, keys, groups, faults, threads)
     return faults
+
+
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise LayoutError(f"threads {threads}: must be at least 1")
 
 
 def _slot_bytes(payload_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -109,7 +119,7 @@ def _slot_bytes(payload_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _checked(
-    host: Any, offsets: Any, payload_bytes: Any, keys: Any, groups: Any, threads: int
+    host: Any, offsets: Any, payload_bytes: Any, keys: Any, groups: Any
 ) -> tuple[
     npt.NDArray[np.uint8],
     npt.NDArray[np.int64],
@@ -117,8 +127,6 @@ def _checked(
     npt.NDArray[np.uint8],
     npt.NDArray[np.uint8],
 ]:
-    if threads < 1:
-        raise LayoutError(f"threads {threads}: must be at least 1")
     array = host_bytes(host)
     offsets = int64_vector("offsets", offsets)
     n = len(offsets)
@@ -140,7 +148,8 @@ def _checked(
     if wrong.any():
         i = int(np.argmax(wrong))
         raise LayoutError(
-            f"payload_bytes[{i}] = {int(lengths[i])}: must be positive and within the host region's {array.size} bytes"
+            f"payload_bytes[{i}] = {int(lengths[i])}: must be positive and fit in the host region's "
+            f"{array.size} bytes"
         )
     check_spans(array.size, offsets, _slot_bytes(lengths))
     return array, offsets, lengths, np.ascontiguousarray(keys), np.ascontiguousarray(groups)

@@ -1,8 +1,8 @@
 """Devices: copying blocks between an engine's KV tensors and slots of the host region.
 
-Owns the `Device` interface and its implementations, one module each: `cpu.py`. Does not own slots or their lifetime
-(the caller names only slots that are its own until the call has returned), seals, or what a block means. Where a
-device's bytes lie is `flexkv_core.layout.fragments_of`.
+Owns the `Device` interface and its implementations, one module each: `cpu.py`. Does not own slots or their
+lifetime (the caller names only slots that are its own until the call has returned), seals, or what a block
+means. Where a device's bytes lie is `flexkv_core.layout.fragments_of`.
 """
 
 from __future__ import annotations
