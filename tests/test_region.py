@@ -191,7 +191,7 @@ def test_a_file_size_limit_is_an_error_with_the_reason() -> None:
     assert open_fds() == fds
 
 
-# --- where the limits come from: folders of the shape that the kernel shows ----------------------------------
+# --- where the limits come from: folders of the shape that the kernel shows ---------------------------------
 
 
 def machine(root: Path, cgroup: str, files: dict[str, str]) -> list[MemoryLimit]:
