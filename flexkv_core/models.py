@@ -27,7 +27,8 @@ _STORAGE: Mapping[str, npt.DTypeLike] = {
 """KV dtype to the NumPy dtype of the same width that carries its bits (NumPy has no bfloat16)."""
 
 _DENSE_TYPES = frozenset(
-    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe granite olmo olmo2 starcoder2 phi phi3 gemma".split()
+    {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+    | {"granite", "olmo", "olmo2", "starcoder2", "phi", "phi3", "gemma"}
 )
 """`model_type` values whose layers all keep K and V of all tokens, unless another field says otherwise."""
 
@@ -142,9 +143,7 @@ def geometry_from_config(path: Path) -> KVGeometry:
             )
         head_dim = hidden // heads
     kv_heads = (
-        heads
-        if config.get("num_key_value_heads") is None
-        else _positive(path, config, "num_key_value_heads")
+        heads if config.get("num_key_value_heads") is None else _positive(path, config, "num_key_value_heads")
     )
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"
     dtype = config.get(dtype_field)

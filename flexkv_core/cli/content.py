@@ -25,7 +25,7 @@ class BlockContent:
     """
 
     def __init__(self, tensors: Sequence[npt.NDArray[Any]]) -> None:
-        """`tensors`: one a layer, equal in shape (2, pages, tokens, heads, dim) and in dtype, C-contiguous."""
+        """`tensors`: one a layer, of equal shape (2, pages, tokens, heads, dim) and dtype, C-contiguous."""
         shapes = {(tensor.shape, tensor.dtype) for tensor in tensors}
         if len(shapes) != 1 or tensors[0].ndim != 5:
             raise ValueError(f"tensors of {shapes}: need equal shapes (2, pages, tokens, heads, dim)")
@@ -35,15 +35,22 @@ class BlockContent:
         self._shape = (len(tensors), 2, *inner)
         self.block_bytes = len(tensors) * tensors[0].nbytes // self.pages
         self._source = np.random.SFC64(0)
-        self._seed_state: dict[str, Any] = dict(self._source.state)
 
     def expected(self, key: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         """Return the content that a (32,) uint8 key demands, shaped (layers, 2, tokens, heads, dim)."""
         state = np.ascontiguousarray(key, np.uint8).view("<u8").astype(np.uint64)
-        self._source.state = {**self._seed_state, "state": {"state": state}}
-        words = self._source.random_raw(_WARM_UP + -(-self.block_bytes // 8))[_WARM_UP:]
+        self._source.state = {
+            "bit_generator": "SFC64",
+            "state": {"state": state},
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        words: npt.NDArray[np.uint64] = self._source.random_raw(_WARM_UP + -(-self.block_bytes // 8))[
+            _WARM_UP:
+        ]
         raw = words.view(np.uint8)[: self.block_bytes]
-        return raw.view(self._layers[0].dtype).reshape(self._shape)
+        content: npt.NDArray[Any] = raw.view(self._layers[0].dtype).reshape(self._shape)
+        return content
 
     def fill(self, keys: npt.NDArray[np.uint8], pages: npt.NDArray[np.int64]) -> None:
         """Write into `pages[i]` what `keys[i]` demands; (n, 32) uint8 and (n,) int64."""

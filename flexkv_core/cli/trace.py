@@ -122,7 +122,7 @@ def _parse(path: Path, number: int, line: bytes) -> TraceRequest:
         value = _shorten(record[field]) if field in record else "is missing"
         raise TraceError(f"{path}, line {number}: {field} {value}: {rule}")
 
-    timestamp = record.get("timestamp")
+    timestamp: Any = record.get("timestamp")
     if type(timestamp) not in (int, float) or not math.isfinite(timestamp) or timestamp < 0:
         fail("timestamp", "must be milliseconds, a number of at least 0")
     length = record.get("input_length")
@@ -141,7 +141,7 @@ def _parse(path: Path, number: int, line: bytes) -> TraceRequest:
     if length > len(ids) * HASH_ID_TOKENS:
         fail(
             "input_length",
-            f"needs {-(-length // HASH_ID_TOKENS)} hash_ids of {HASH_ID_TOKENS} tokens, the line has {len(ids)}",
+            f"needs {-(-length // HASH_ID_TOKENS)} hash_ids of {HASH_ID_TOKENS} tokens, there are {len(ids)}",
         )
     return TraceRequest(float(timestamp), length, output, np.array(ids, np.int64))
 
