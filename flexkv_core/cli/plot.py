@@ -47,7 +47,7 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.tick_params(labelsize=11)
     axes.set_xlim(float(timeline.minutes[0]), float(timeline.minutes[-1]))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * axes.dataLim.ymax or 1)  # room for the legend above the area
     axes.grid(alpha=0.3)
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], names[::-1], loc="upper left", fontsize=12, framealpha=0.9)

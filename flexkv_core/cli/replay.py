@@ -42,6 +42,7 @@ BlockKeys = Callable[[npt.NDArray[np.int32], int, bytes], Keys]
 """`flexkv_core.blocks.block_keys`: (tokens, block_size, root) -> (n, 32) uint8."""
 
 DEFAULT_BLOCK_BYTES = "64KiB"
+_FILE_WIDTH = 100
 _MEMCPY_EVERY = 16
 _MEMCPY_BYTES = 64 << 20
 _UNITS = {"": 1, "b": 1, **{f"{prefix}ib": 1 << 10 * n for n, prefix in enumerate("kmgt", 1)}}
@@ -171,6 +172,8 @@ def replay_command(
         geometry = synthetic_geometry(parse_size(block_bytes or DEFAULT_BLOCK_BYTES), stack.block_size)
     requests = read_trace(trace, limit)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     with ExitStack() as resources:
         progress = resources.enter_context(_progress(console))
         if simulate:

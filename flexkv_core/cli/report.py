@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -139,8 +140,9 @@ def make_report(
 
 def print_report(report: Report, console: Console) -> None:
     """Print the table of tiers and the totals."""
-    table = Table(title="replay, simulated" if report.simulated else "replay")
-    table.add_column("tier")
+    title = "replay, simulated" if report.simulated else "replay"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("tier", no_wrap=True)
     headings = ("hits", "share", "stored", "evicted", "read", "written", "corrupt", "failed")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
