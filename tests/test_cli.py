@@ -168,6 +168,14 @@ def test_wrong_bytes_are_counted_and_the_replay_goes_on(damage: str) -> None:
     assert len(recorder.served) == 61
 
 
+def test_a_load_that_does_nothing_is_seen_on_pages_that_still_hold_the_block() -> None:
+    pages = DevicePages.allocate(GEOMETRY, BLOCK_SIZE, 4)
+    runner = BytesRunner(StandIn(pages, "nothing"), SimpleNamespace(root=ROOT), pages, fetch_deadline_s=1.0)
+    same = TraceRequest(0.0, 4 * BLOCK_SIZE, 1, np.array([1, 2], np.int64))
+    recorder = replay([same, same], runner, block_keys, BLOCK_SIZE)
+    assert [served.wrong_blocks for served in recorder.served] == [0, 4]
+
+
 def test_blocks_that_were_found_but_not_fetched_are_misses() -> None:
     recorder, _, runner = run("half")
     blocks, hits = expected_hits()
