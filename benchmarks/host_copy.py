@@ -1,8 +1,8 @@
 """Host copies: gather and scatter of scattered fragments, seal and verify, each against a contiguous memcpy.
 
 The memcpy moves as many bytes between the same two memories with the same threads, right before what it is
-compared with; a row gives medians over the rounds of GB/s (10^9 bytes) and of the paired ratios. Seal and verify
-only read the payload, a copy also writes it. Run on a quiet machine::
+compared with; a row gives medians over the rounds of GB/s (10^9 bytes) and of the paired ratios. Seal and
+verify only read the payload, a copy also writes it. Run on a quiet machine::
 
     python benchmarks/host_copy.py [--mib 256] [--fragment-kib 32] [--threads 1 2] [--rounds 15] [--json FILE]
 """
