@@ -47,6 +47,8 @@ import numpy.typing as npt
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
+from flexkv_core.locks import DirectoryLock as DirectoryLock
+
 CONTRACT_VERSION = 1
 PAGE = 4096
 """Alignment in bytes of every block's offset and length in the host region."""

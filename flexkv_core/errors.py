@@ -56,3 +56,7 @@ class StateError(FlexKVError, RuntimeError):
 
 class PolicyError(FlexKVError, LookupError):
     """An eviction policy of unknown or taken name."""
+
+
+class DirectoryInUseError(FlexKVError, BlockingIOError):
+    """A directory that another process has locked; the text names the process."""

@@ -1,78 +1,82 @@
 """A tier that keeps each block in a file of its own, named by its key, below one directory."""
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flexkv_core.backend import Backend, BackendConfig, BackendSpec, Batch, Capabilities, Listing
-from flexkv_core.backend import OpenContext, Status, hookimpl
+import flexkv_core.backend as fk
 
 
-class DirectoryConfig(BackendConfig):
+class DirectoryConfig(fk.BackendConfig):
     root: Path
     durable: bool = False  # fsync each file before it becomes visible
 
 
-class DirectoryBackend(Backend):
-    capabilities = Capabilities(addressing="key", persistent=True, concurrency=4)
+class DirectoryBackend(fk.Backend):
+    capabilities = fk.Capabilities(addressing="key", persistent=True, concurrency=4)
 
     def __init__(self, config: DirectoryConfig) -> None:
         self.root, self.durable = config.root, config.durable
 
-    def open(self, context: OpenContext) -> None:
-        self.host = context.host
-        for shard in range(256):
-            (self.root / f"{shard:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.root.chmod(0o700)
-        self.lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self.lock, 20).decode() or "another process"
-            os.close(self.lock)
-            raise RuntimeError(f"{self.root} is in use by process {holder}: give each server its own") from None
-        os.pwrite(self.lock, f"{os.getpid():<20}".encode(), 0)
-        for leftover in self.root.glob("??/*.tmp"):
-            leftover.unlink()
+    def open(self, context: fk.OpenContext) -> None:
+        self.host, self.log = context.host, context.logger
+        self.lock = fk.DirectoryLock(self.root)
+        for shard in (self.root / f"{number:02x}" for number in range(256)):
+            shard.mkdir(mode=0o700, exist_ok=True)
+            [leftover.unlink() for leftover in shard.glob("*.tmp")]
 
-    def read(self, batch: Batch) -> Sequence[Status]:
+    def read(self, batch: fk.Batch) -> Sequence[fk.Status]:
         return [self._read(*block) for block in self._blocks(batch)]
 
-    def write(self, batch: Batch) -> Sequence[Status]:
+    def write(self, batch: fk.Batch) -> Sequence[fk.Status]:
         return [self._write(*block) for block in self._blocks(batch)]
 
     def close(self) -> None:
-        os.close(self.lock)
+        self.lock.release()
 
-    def probe(self, batch: Batch) -> int:
-        held = [path.exists() for path, _ in self._blocks(batch)]
-        return (held + [False]).index(False)
+    def probe(self, batch: fk.Batch) -> int:
+        return [*(path.exists() for path, _ in self._blocks(batch)), False].index(False)
 
-    def delete(self, batch: Batch) -> Sequence[Status]:
+    def delete(self, batch: fk.Batch) -> Sequence[fk.Status]:
         for path, _ in self._blocks(batch):
             path.unlink(missing_ok=True)
-        return [Status.OK] * len(batch)
+        return [fk.Status.OK] * len(batch)
 
-    def list(self) -> Iterator[Listing]:
-        files = sorted(self.root.glob("??/*.kv"), key=lambda file: file.stat().st_mtime_ns)
-        keys = np.frombuffer(bytes.fromhex("".join(file.name[:64] for file in files)), np.uint8)
-        groups = np.array([int(file.name[65:-3]) for file in files], np.uint8)
-        lengths = np.array([file.stat().st_size for file in files], np.int64)
-        yield Listing(keys.reshape(-1, 32), groups, lengths)
+    def list(self) -> Iterator[fk.Listing]:
+        stats = sorted((f.stat().st_mtime_ns, f.stat().st_size, f.name) for f in self.root.glob("??/*.kv"))
+        keys = np.frombuffer(bytes.fromhex("".join(name[:64] for _, _, name in stats)), np.uint8).reshape(-1, 32)
+        groups = np.array([int(name[65:-3]) for _, _, name in stats], np.uint8)
+        yield fk.Listing(keys, groups, np.array([size for _, size, _ in stats], np.int64))
 
-    def _blocks(self, batch: Batch) -> Iterator[tuple[Path, memoryview]]:
-        for key, group, offset, length in zip(batch.keys, batch.groups, batch.offsets, batch.lengths, strict=True):
+    def _blocks(self, batch: fk.Batch) -> Iterator[tuple[Path, memoryview]]:
+        for key, group, start, length in zip(batch.keys, batch.groups, batch.offsets, batch.lengths, strict=True):
             name = key.tobytes().hex()
-            yield self.root / name[:2] / f"{name}.{group}.kv", self.host[offset : offset + length]
+            yield self.root / name[:2] / f"{name}.{group}.kv", self.host[start : start + length]
 
-    def _read(self, path: Path, block: memoryview) -> Status:
+    def _read(self, path: Path, block: memoryview) -> fk.Status:
         try:
             with path.open("rb", buffering=0) as file:
-                return Status.OK if file.readinto(block) == len(block) else Status.FAILED
+                return fk.Status.OK if file.readinto(block) == len(block) else fk.Status.FAILED
         except FileNotFoundError:
-            return Status.MISSING
+            return fk.Status.MISSING
 
-    def _write(self, path: Path, block: memoryview) -> Status: ...
+    def _write(self, path: Path, block: memoryview) -> fk.Status:
+        temporary = path.with_suffix(".tmp")  # the core never writes one block twice at a time
+        try:
+            with open(temporary, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                if file.write(block) < len(block):
+                    raise OSError("short write")
+                os.fsync(file) if self.durable else None
+            temporary.rename(path)
+            return fk.Status.OK
+        except OSError as error:
+            self.log.warning("%s was not written: %s", path, error)
+            temporary.unlink(missing_ok=True)
+            return fk.Status.FAILED
+
+
+@fk.hookimpl
+def flexkv_backend() -> fk.BackendSpec:
+    return fk.BackendSpec("directory", DirectoryConfig, DirectoryBackend, contract_version=1, addressing="key")
