@@ -24,7 +24,18 @@ class LayoutError(FlexKVError, ValueError):
 
 
 class StackConfigError(FlexKVError, ValueError):
-    """A stack that cannot be used; the text names file, line, column, key, value and the fix."""
+    """A stack that cannot be used; the text names file, line, column, key, value and the fix.
+
+    Attributes:
+        file, key, value: what the error is about; `key` is spelled like tiers[1].capacity.
+        line, column: 1-based; None where the stack did not come from a file.
+    """
+
+    file: str = ""
+    key: str = ""
+    value: object = None
+    line: int | None = None
+    column: int | None = None
 
 
 class BackendNotFoundError(FlexKVError, LookupError):

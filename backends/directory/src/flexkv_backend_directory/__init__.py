@@ -21,8 +21,7 @@ class DirectoryBackend(fk.Backend):
         self.root, self.durable = config.root, config.durable
 
     def open(self, context: fk.OpenContext) -> None:
-        self.host, self.log = context.host, context.logger
-        self.lock = fk.DirectoryLock(self.root)
+        self.host, self.log, self.lock = context.host, context.logger, fk.DirectoryLock(self.root)
         for shard in (self.root / f"{number:02x}" for number in range(256)):
             shard.mkdir(mode=0o700, exist_ok=True)
             [leftover.unlink() for leftover in shard.glob("*.tmp")]
@@ -40,8 +39,7 @@ class DirectoryBackend(fk.Backend):
         return [*(path.exists() for path, _ in self._blocks(batch)), False].index(False)
 
     def delete(self, batch: fk.Batch) -> Sequence[fk.Status]:
-        for path, _ in self._blocks(batch):
-            path.unlink(missing_ok=True)
+        [path.unlink(missing_ok=True) for path, _ in self._blocks(batch)]
         return [fk.Status.OK] * len(batch)
 
     def list(self) -> Iterator[fk.Listing]:

@@ -1,0 +1,199 @@
+"""The stack: what a YAML file (or a mapping) may say, and what it means.
+
+Keys of a tier that the core knows are `TierKeys`; all others belong to the tier's backend and are validated by
+its own pydantic model. Every error names file, line, column, key, value and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from flexkv_core.backend import BackendConfig, BackendSpec
+from flexkv_core.config.sizes import Capacity, Size, parse_capacity
+from flexkv_core.config.source import Path_, Source, read_source
+from flexkv_core.errors import BackendLoadError, BackendNotFoundError, PolicyError
+from flexkv_core.plugins import load_backend
+from flexkv_core.policies import make_policy
+from flexkv_core.testing.faults import FaultConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+
+
+def _known_policy(name: str) -> str:
+    try:
+        make_policy(name)
+    except PolicyError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+class TierKeys(BaseModel):
+    """The keys of a tier that the core owns; strict about types, so `true` is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    backend: str
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    capacity: Annotated[Capacity, BeforeValidator(parse_capacity)] | None = None
+    eviction: Annotated[str, BeforeValidator(_known_policy)] = "lru"
+    isolation: Literal["process", "none"] = "process"
+    deadline_s: Annotated[float, Field(gt=0, le=86400, strict=True)] = 10.0
+    write_queue: Size | None = None
+    state_directory: Path | None = None
+    faults: FaultConfig | None = None
+
+
+class StackKeys(BaseModel):
+    """The top-level keys of a stack."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block_size: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    tiers: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """One tier, validated.
+
+    Attributes:
+        backend, name: the plug-in, and what the tier is called in figures and logs.
+        hosts: it is the host tier (first of the stack, lives in the host region).
+        options: the backend's own config.
+        capacity: None where the backend bounds itself.
+        write_queue: bytes that may wait to be written down; None: a quarter of host memory.
+        deadline_s: a call of the backend that takes longer gets its process killed.
+    """
+
+    backend: str
+    name: str
+    addressing: Literal["slot", "key"]
+    hosts: bool
+    options: BackendConfig
+    capacity: Capacity | None
+    eviction: str
+    isolation: Literal["process", "none"]
+    deadline_s: float
+    write_queue: int | None
+    state_directory: Path | None
+    faults: FaultConfig | None
+
+
+@dataclass(frozen=True, slots=True)
+class StackConfig:
+    """A stack, validated: tokens a block (None: the engine says), and the tiers, fastest first."""
+
+    block_size: int | None
+    tiers: tuple[TierConfig, ...]
+
+
+def load_stack(source: str | Path | Mapping[str, Any]) -> StackConfig:
+    """Read and validate a stack.
+
+    Args:
+        source: path of a YAML file, or the same as a mapping.
+
+    Raises:
+        StackConfigError: with attributes file, line, column, key and value; its text says what to write instead.
+    """
+    return stack_of(read_source(source))
+
+
+def stack_of(source: Source) -> StackConfig:
+    """Validate a stack that was read. Raises StackConfigError as `load_stack`."""
+    if not isinstance(source.data, dict):
+        raise source.error((), "a stack is a mapping with the key tiers: see README.md")
+    top = _validated(source, (), StackKeys, source.data, StackKeys.model_fields)
+    if not top.tiers:
+        raise source.error(("tiers",), "a stack needs at least one tier")
+    tiers: list[TierConfig] = []
+    for number, entry in enumerate(top.tiers):
+        tiers.append(_tier(source, number, entry, [tier.name for tier in tiers]))
+    return StackConfig(top.block_size, tuple(tiers))
+
+
+def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConfig:
+    path: Path_ = ("tiers", number)
+    if not isinstance(entry, dict):
+        raise source.error(path, "a tier is a mapping with the key backend")
+    if not isinstance(entry.get("backend"), str):
+        missing = "backend" not in entry
+        problem = "the key backend is missing: name one, such as cpu" if missing else "must be the name of a backend"
+        raise source.error(path if missing else (*path, "backend"), problem)
+    spec = _spec(source, path, entry["backend"])
+    known = [*TierKeys.model_fields, *spec.config_model.model_fields]
+    core = {key: value for key, value in entry.items() if key in TierKeys.model_fields}
+    own = {key: value for key, value in entry.items() if key not in TierKeys.model_fields}
+    keys = _validated(source, path, TierKeys, core, known)
+    options = _validated(source, path, spec.config_model, own, known)
+    name = keys.name or _free_name(spec.name, taken)
+    if name in taken:
+        raise source.error((*path, "name"), f"two tiers are called {name!r}: choose another name")
+    if spec.hosts and keys.capacity is None:
+        raise source.error(path, "the key capacity is missing: write one, such as 32GiB")
+    if spec.addressing == "slot" and keys.capacity is None:
+        raise source.error(path, f"the key capacity is missing: a {spec.name} tier needs one, such as 1TiB")
+    return TierConfig(
+        backend=spec.name,
+        name=name,
+        addressing=spec.addressing,
+        hosts=spec.hosts and number == 0,
+        options=options,
+        capacity=keys.capacity,
+        eviction=keys.eviction,
+        isolation=keys.isolation,
+        deadline_s=keys.deadline_s,
+        write_queue=keys.write_queue,
+        state_directory=keys.state_directory,
+        faults=keys.faults,
+    )
+
+
+def _spec(source: Source, path: Path_, name: str) -> BackendSpec:
+    try:
+        return load_backend(name)
+    except (BackendNotFoundError, BackendLoadError) as error:
+        raise source.error((*path, "backend"), str(error)) from error
+
+
+def _free_name(backend: str, taken: list[str]) -> str:
+    name, number = backend, 2
+    while name in taken:
+        name, number = f"{backend}-{number}", number + 1
+    return name
+
+
+def _validated(
+    source: Source, path: Path_, model: type[Model], data: dict[str, Any], known: Iterable[str]
+) -> Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _translated(source, path, first, list(known)) from error
+
+
+def _translated(source: Source, path: Path_, found: Any, known: list[str]) -> Exception:
+    """Turn one of pydantic's findings into an error with a place."""
+    where: Path_ = (*path, *found["loc"])
+    while source.at(where) is None and len(where) > len(path) + 1 and where not in source.values:
+        where = where[:-1]  # pydantic adds steps for union members
+    kind = found["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(where[-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+        return source.error(where, f"unknown key {where[-1]!r}: {hint}", at_key=True)
+    if kind == "missing":
+        return source.error(where[:-1], f"the key {where[-1]} is missing")
+    message = found["msg"].removeprefix("Value error, ")
+    value = found.get("input")
+    shown = "" if repr(value) in message else f"{value!r}: " if not isinstance(value, dict | list) else ""
+    return source.error(where, f"{shown}{message[:1].lower()}{message[1:]}")
