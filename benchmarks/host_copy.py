@@ -96,9 +96,7 @@ def measure(mib: int, fragment: int, threads: int, rounds: int) -> list[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=256, help="bytes a call, MiB")
     parser.add_argument("--fragment-kib", type=float, nargs="+", default=[32], help="sizes of fragments, KiB")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

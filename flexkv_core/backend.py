@@ -47,7 +47,7 @@ import numpy.typing as npt
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
-from flexkv_core.locks import DirectoryLock as DirectoryLock
+from flexkv_core.locks import DirectoryLock  # noqa: F401 - a helper for authors
 
 CONTRACT_VERSION = 1
 PAGE = 4096

@@ -159,9 +159,7 @@ def fragments_of(tensors: Sequence[Any], block_axis: int | Sequence[int] = 0) ->
         raise LayoutError("tensors: there are none; a KV group needs at least one")
     axes = [block_axis] * len(tensors) if isinstance(block_axis, int) else list(block_axis)
     if len(axes) != len(tensors):
-        raise LayoutError(
-            f"block_axis: {len(axes)} axes for {len(tensors)} tensors; give one, or one a tensor"
-        )
+        raise LayoutError(f"block_axis: {len(axes)} axes for {len(tensors)} tensors; give one, or one a tensor")
     bases, strides, lengths, pages = [], [], [], 0
     for number, (tensor, axis) in enumerate(zip(tensors, axes, strict=True)):
         count, stride, runs, length = _runs_of(number, tensor, axis)
@@ -227,9 +225,7 @@ def _geometry(number: int, tensor: Any) -> tuple[int, tuple[int, ...], tuple[int
         )
     interface = getattr(tensor, "__array_interface__", None)
     if interface is None or interface.get("data") is None:
-        raise LayoutError(
-            f"tensor {number}: a {type(tensor).__name__} has neither data_ptr nor __array_interface__"
-        )
+        raise LayoutError(f"tensor {number}: a {type(tensor).__name__} has neither data_ptr nor __array_interface__")
     address, read_only = interface["data"]
     if read_only:
         raise LayoutError(f"tensor {number}: is read-only; blocks are also loaded into it")

@@ -27,9 +27,10 @@ from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
 from flexkv_core.plans import HOST, Move, StorePlan
 from flexkv_core.region import HostRegion
-from flexkv_core.scheduler import Scheduler
+from flexkv_core.scheduler import Link, Scheduler
 from flexkv_core.seal import seal_blocks
-from flexkv_core.tier_link import LinkSettings, make_link
+from flexkv_core.tier_inline import InlineLink
+from flexkv_core.tier_link import LinkSettings, TierLink
 
 logger = logging.getLogger("flexkv.manager")
 
@@ -117,13 +118,15 @@ class KVCacheManager:
             faults=tier.faults.model_dump(mode="json") if tier.faults else None,
             deadline_s=tier.deadline_s,
         )
-        link = make_link(
-            settings,
-            self._scheduler.loop,
-            self._region.fd,
-            self._region.size,
-            self._region.buffer,
-            lambda link: self._scheduler.on_link_state(book.number, link),
+        loop = self._scheduler.loop
+
+        def changed(link: Link) -> None:
+            self._scheduler.on_link_state(book.number, link)
+
+        link: Link = (
+            TierLink(settings, loop, self._region.fd, self._region.size, changed)
+            if tier.isolation == "process"
+            else InlineLink(settings, loop, self._region.buffer, changed)
         )
         limit = tier.write_queue or self._region.size // 4
         self._scheduler.add_tier(book.number, link, limit)

@@ -142,9 +142,7 @@ def geometry_from_config(path: Path) -> KVGeometry:
                 f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}: name head_dim"
             )
         head_dim = hidden // heads
-    kv_heads = (
-        heads if config.get("num_key_value_heads") is None else _positive(path, config, "num_key_value_heads")
-    )
+    kv_heads = heads if config.get("num_key_value_heads") is None else _positive(path, config, "num_key_value_heads")
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"
     dtype = config.get(dtype_field)
     if not isinstance(dtype, str) or dtype not in _STORAGE:

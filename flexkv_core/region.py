@@ -251,8 +251,7 @@ class HostRegion:
             error = _native.populate(self.address + start, length, threads)
             if error:
                 raise HostMemoryError(
-                    f"capacity {self._size}: {os.strerror(error)} after {start} bytes; "
-                    "lower capacity or free memory"
+                    f"capacity {self._size}: {os.strerror(error)} after {start} bytes; lower capacity or free memory"
                 )
             if progress is not None:
                 progress(start + length, self._size)
@@ -345,18 +344,14 @@ def host_bytes(host: Any) -> npt.NDArray[np.uint8]:
     try:
         return np.frombuffer(host, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
-        raise LayoutError(
-            f"host {type(host).__name__}: must be a contiguous buffer of bytes ({error})"
-        ) from error
+        raise LayoutError(f"host {type(host).__name__}: must be a contiguous buffer of bytes ({error})") from error
 
 
 def int64_vector(name: str, values: Any) -> npt.NDArray[np.int64]:
     """Return `values` as a C-contiguous (n,) int64 array; LayoutError naming `name` for anything else."""
     array = np.asarray(values)
     if array.dtype != np.int64 or array.ndim != 1:
-        raise LayoutError(
-            f"{name}: must be an int64 array of shape (n,), not {array.dtype} of shape {array.shape}"
-        )
+        raise LayoutError(f"{name}: must be an int64 array of shape (n,), not {array.dtype} of shape {array.shape}")
     return np.ascontiguousarray(array)
 
 
@@ -381,6 +376,4 @@ def check_disjoint(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64
     if overlap.any():
         at = int(np.argmax(overlap))
         i, j = int(order[at]), int(order[at + 1])
-        raise LayoutError(
-            f"offsets[{j}] = {int(offsets[j])}: overlaps the block of offsets[{i}] = {int(offsets[i])}"
-        )
+        raise LayoutError(f"offsets[{j}] = {int(offsets[j])}: overlaps the block of offsets[{i}] = {int(offsets[i])}")

@@ -28,12 +28,15 @@ from flexkv_core.planner import Planner
 from flexkv_core.plans import Deletion, FetchPlan, Move, Outcome
 from flexkv_core.region import HostRegion
 from flexkv_core.seal import SealFault, verify_blocks
-from flexkv_core.tier_link import InProcessLink, TierLink
+from flexkv_core.tier_inline import InlineLink
+from flexkv_core.tier_link import TierLink
 
 logger = logging.getLogger("flexkv.scheduler")
 
 DEFAULT_BATCH_BLOCKS = 128
 COPY_THREADS = 2
+
+Link = TierLink | InlineLink
 
 
 @dataclass(slots=True)
@@ -48,7 +51,7 @@ class TierQueue:
     """
 
     number: int
-    link: TierLink | InProcessLink
+    link: Link
     write_limit: int
     reads: deque[Move] = field(default_factory=deque)
     writes: deque[Move] = field(default_factory=deque)
@@ -150,7 +153,7 @@ class Scheduler:
 
     # ---------------------------------------------------------------- tiers
 
-    def add_tier(self, number: int, link: TierLink | InProcessLink, write_limit: int) -> None:
+    def add_tier(self, number: int, link: Link, write_limit: int) -> None:
         """Take over a lower tier's link and start it."""
         self._queues[number] = TierQueue(number, link, write_limit)
         link.start()
@@ -159,7 +162,7 @@ class Scheduler:
         """The lower tiers' queues by number; for figures only."""
         return self._queues
 
-    def on_link_state(self, number: int, link: TierLink | InProcessLink) -> None:
+    def on_link_state(self, number: int, link: Link) -> None:
         """A link came up or went away (called by the link)."""
         queue = self._queues.get(number)
         if queue is None:

@@ -148,8 +148,7 @@ def _checked(
     if wrong.any():
         i = int(np.argmax(wrong))
         raise LayoutError(
-            f"payload_bytes[{i}] = {int(lengths[i])}: must be positive and fit in the host region's "
-            f"{array.size} bytes"
+            f"payload_bytes[{i}] = {int(lengths[i])}: must be positive and fit in the host region's {array.size} bytes"
         )
     check_spans(array.size, offsets, _slot_bytes(lengths))
     return array, offsets, lengths, np.ascontiguousarray(keys), np.ascontiguousarray(groups)

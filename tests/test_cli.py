@@ -106,9 +106,7 @@ def requests() -> list[TraceRequest]:
     for number in range(60):
         turns = number // 10 + 1
         ids = [number % 10 * 100 + turn for turn in range(turns)]
-        made.append(
-            TraceRequest(number * 5000.0, turns * 512 - 37 * (number % 3), 9, np.array(ids, np.int64))
-        )
+        made.append(TraceRequest(number * 5000.0, turns * 512 - 37 * (number % 3), 9, np.array(ids, np.int64)))
     return [*made, TraceRequest(3e5, BLOCK_SIZE - 1, 1, np.array([5], np.int64))]
 
 
@@ -120,9 +118,7 @@ def run(damage: str = "") -> tuple[Recorder, StandIn, BytesRunner]:
 
 
 def report_of(recorder: Recorder, runner: Any) -> dict[str, Any]:
-    report = make_report(
-        recorder, runner.stats(), 2.5, simulated=False, verify=True, notes=runner.notes
-    ).to_json()
+    report = make_report(recorder, runner.stats(), 2.5, simulated=False, verify=True, notes=runner.notes).to_json()
     assert json.loads(json.dumps(report)) == report
     return report
 
@@ -199,9 +195,7 @@ def test_draining_is_given_up_once_and_noted() -> None:
 
 
 def test_a_tier_that_does_not_open_is_noted() -> None:
-    manager = SimpleNamespace(
-        stats=lambda: {"tiers": {"cpu": {"state": "ready"}, "s3": {"state": "starting"}}}
-    )
+    manager = SimpleNamespace(stats=lambda: {"tiers": {"cpu": {"state": "ready"}, "s3": {"state": "starting"}}})
     assert await_tiers(manager, timeout_s=0.05) == ["0 s after opening, tier s3 is starting"]
     assert await_tiers(StandIn(DevicePages.allocate(GEOMETRY, BLOCK_SIZE, 1))) == []
 
@@ -218,9 +212,7 @@ def test_pages_are_scattered_and_differ() -> None:
 
 def test_simulated_runner_reports_what_the_cache_says() -> None:
     outcome = SimpleNamespace(blocks=3, hit_blocks=2, hits_by_tier={"ssd": 2}, lookup_seconds=1e-5)
-    cache = SimpleNamespace(
-        request=lambda root, keys: outcome, stats=lambda: {"tiers": {"cpu": {}, "ssd": {}}}
-    )
+    cache = SimpleNamespace(request=lambda root, keys: outcome, stats=lambda: {"tiers": {"cpu": {}, "ssd": {}}})
     runner = SimulatedRunner(cache, SimpleNamespace(root=ROOT))
     recorder = replay(requests()[:4], runner, block_keys, BLOCK_SIZE)
     report = make_report(recorder, runner.stats(), 1.0, simulated=True, verify=True).to_json()
@@ -299,9 +291,7 @@ def test_config_files_are_read(tmp_path: Path) -> None:
     geometry = geometry_from_config(config_file(tmp_path))
     assert (geometry.layers, geometry.kv_heads, geometry.head_dim) == (32, 8, 128)
     assert resolve_model(str(tmp_path)) == geometry
-    other = config_file(
-        tmp_path, head_dim=64, num_key_value_heads=None, torch_dtype="absent", dtype="float16"
-    )
+    other = config_file(tmp_path, head_dim=64, num_key_value_heads=None, torch_dtype="absent", dtype="float16")
     geometry = geometry_from_config(other)
     assert (geometry.kv_heads, geometry.head_dim, geometry.dtype) == (32, 64, "float16")
     unused = config_file(tmp_path, model_type="qwen2", sliding_window=4096, use_sliding_window=False)

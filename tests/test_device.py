@@ -48,9 +48,7 @@ def views(draw: st.DrawFn, pages: int) -> tuple[Array, Array, int]:
     steps = [draw(st.sampled_from([1, 1, 1, 2, -1, -2])) for _ in shape]
     margins = [draw(st.sampled_from([0, 0, 1, 3])) for _ in shape]
     full = [n * abs(s) + m for n, s, m in zip(shape, steps, margins, strict=True)]
-    memory = np.random.default_rng(draw(st.integers(0, 99))).integers(
-        0, 256, int(np.prod(full)) * 4, np.uint8
-    )
+    memory = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, int(np.prod(full)) * 4, np.uint8)
     base = memory[: int(np.prod(full)) * np.dtype(dtype).itemsize].view(dtype).reshape(full)
     view = base[tuple(slice(None, None, s) for s in steps)][tuple(slice(0, n) for n in shape)]
     order = draw(st.permutations(range(len(shape))))

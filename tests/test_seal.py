@@ -56,9 +56,7 @@ def test_page_is_the_contract_s() -> None:
     st.integers(0, 1000),
     st.integers(1, 4),
 )
-def test_bytes_are_the_format_and_nothing_else_is_written(
-    payloads: list[int], seed: int, threads: int
-) -> None:
+def test_bytes_are_the_format_and_nothing_else_is_written(payloads: list[int], seed: int, threads: int) -> None:
     host, offsets, keys, groups = make(payloads, seed)
     expected = host.copy()
     for offset, payload, key in zip(offsets, payloads, keys, strict=True):

@@ -57,9 +57,7 @@ def test_plain_and_gzipped_read_alike(tmp_path: Path) -> None:
         ({"hash_ids": [0, 2**63, 2, 3, 4]}, [f"hash_ids entry {2**63}"]),
     ],
 )
-def test_errors_name_file_line_field_and_value(
-    tmp_path: Path, change: dict[str, Any], parts: list[str]
-) -> None:
+def test_errors_name_file_line_field_and_value(tmp_path: Path, change: dict[str, Any], parts: list[str]) -> None:
     path = write(tmp_path / "bad.jsonl", [LINES[0], {**LINES[1], **change}])
     with pytest.raises(TraceError) as caught:
         read_trace(path)

@@ -45,9 +45,7 @@ class BlockContent:
             "has_uint32": 0,
             "uinteger": 0,
         }
-        words: npt.NDArray[np.uint64] = self._source.random_raw(_WARM_UP + -(-self.block_bytes // 8))[
-            _WARM_UP:
-        ]
+        words: npt.NDArray[np.uint64] = self._source.random_raw(_WARM_UP + -(-self.block_bytes // 8))[_WARM_UP:]
         raw = words.view(np.uint8)[: self.block_bytes]
         content: npt.NDArray[Any] = raw.view(self._layers[0].dtype).reshape(self._shape)
         return content

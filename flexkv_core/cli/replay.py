@@ -108,9 +108,7 @@ class _Memcpy:
 
 @click.command("replay", short_help="Run a trace through a tier stack.")
 @click.argument("trace", type=click.Path(path_type=Path))
-@click.option(
-    "--stack", "stack_file", type=click.Path(path_type=Path), required=True, help="Stack file (YAML)."
-)
+@click.option("--stack", "stack_file", type=click.Path(path_type=Path), required=True, help="Stack file (YAML).")
 @click.option("--model", help=f"config.json of a dense model, or one of: {', '.join(known_models())}.")
 @click.option(
     "--block-bytes",
@@ -157,9 +155,7 @@ def replay_command(
 
         check_plot(plot_file)
     if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OutputError(
-            f"--json {json_file}: {json_file.resolve().parent} is not a directory: make it first"
-        )
+        raise OutputError(f"--json {json_file}: {json_file.resolve().parent} is not a directory: make it first")
 
     # what takes long to import, after what can be refused at once
     from flexkv_core.blocks import block_keys  # noqa: PLC0415
@@ -184,9 +180,7 @@ def replay_command(
         started = time.perf_counter()
         recorder = replay(requests, runner, block_keys, stack.block_size, lambda: progress.advance(task))
         seconds = time.perf_counter() - started
-        report = make_report(
-            recorder, runner.stats(), seconds, simulated=simulate, verify=verify, notes=runner.notes
-        )
+        report = make_report(recorder, runner.stats(), seconds, simulated=simulate, verify=verify, notes=runner.notes)
     print_report(report, console)
     if json_file is not None:
         _write_json(report, json_file)

@@ -135,9 +135,7 @@ def _parse(path: Path, number: int, line: bytes) -> TraceRequest:
     if not isinstance(ids, list):
         fail("hash_ids", "must be a list of integers")
     for wrong in _not_hash_ids(ids):
-        raise TraceError(
-            f"{path}, line {number}: hash_ids entry {_shorten(wrong)}: must be an integer in [0, 2^63)"
-        )
+        raise TraceError(f"{path}, line {number}: hash_ids entry {_shorten(wrong)}: must be an integer in [0, 2^63)")
     if length > len(ids) * HASH_ID_TOKENS:
         fail(
             "input_length",

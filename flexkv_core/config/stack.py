@@ -171,9 +171,7 @@ def _free_name(backend: str, taken: list[str]) -> str:
     return name
 
 
-def _validated(
-    source: Source, path: Path_, model: type[Model], data: dict[str, Any], known: Iterable[str]
-) -> Model:
+def _validated(source: Source, path: Path_, model: type[Model], data: dict[str, Any], known: Iterable[str]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:

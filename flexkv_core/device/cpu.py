@@ -54,9 +54,7 @@ class CpuDevice:
             for number, tensor in enumerate(tensors):
                 place = getattr(getattr(tensor, "device", "cpu"), "type", "cpu")
                 if place != "cpu":
-                    raise LayoutError(
-                        f"group {group}, tensor {number}: is on {place!r}, must be in the CPU's memory"
-                    )
+                    raise LayoutError(f"group {group}, tensor {number}: is on {place!r}, must be in the CPU's memory")
             try:
                 self._fragments.append(fragments_of(tensors, axis))
             except LayoutError as error:
@@ -96,9 +94,7 @@ class CpuDevice:
         twice = np.flatnonzero(blocks[order][1:] == blocks[order][:-1])
         if len(twice):
             i = int(order[twice[0] + 1])
-            raise LayoutError(
-                f"device_blocks[{i}] = {int(blocks[i])}: is named twice, so what it would hold is open"
-            )
+            raise LayoutError(f"device_blocks[{i}] = {int(blocks[i])}: is named twice, so what it would hold is open")
         _native.scatter(
             array,
             offsets,

@@ -1,0 +1,159 @@
+"""A lower tier in the core's own process (`isolation: none`), for debugging and tests.
+
+The same interface as `tier_link.TierLink`, without its protection: a crash of the backend is the core's, and a hang
+cannot be ended. A call that exceeds its deadline is answered only when it returns (its thread may still write into
+host memory), and the tier stays away from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flexkv_core.backend import Batch, Capabilities, Listing, Status
+from flexkv_core.tier_link import LinkSettings, Operation, State, Statuses
+from flexkv_core.tier_worker import TierWorker
+
+logger = logging.getLogger("flexkv.tier")
+
+
+class InlineLink:
+    """See the module's docstring."""
+
+    pid = None
+    restarts = 0
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        loop: asyncio.AbstractEventLoop,
+        host: memoryview,
+        on_state: Callable[[Any], None],
+    ) -> None:
+        self.settings = settings
+        self.state: State = "starting"
+        self.capabilities: Capabilities | None = None
+        self.powers: frozenset[str] = frozenset()
+        self.last_error: str | None = None
+        self._loop = loop
+        self._host = host
+        self._on_state = on_state
+        self._worker: TierWorker | None = None
+
+    def start(self) -> None:
+        """Open the backend on a thread of its own."""
+
+        def open_backend() -> TierWorker:
+            settings = self.settings
+            return TierWorker(
+                settings.backend,
+                settings.config,
+                settings.faults,
+                host=self._host,
+                slot_bytes=settings.slot_bytes,
+                capacity=settings.capacity,
+                state_directory=settings.state_directory,
+                logger=logger.getChild(settings.name),
+            )
+
+        self._run(open_backend, self._opened, self.settings.open_deadline_s, "its backend took too long to open")
+
+    def _opened(self, worker: TierWorker | None, error: BaseException | None) -> None:
+        if worker is None:
+            self._away(f"its backend could not be opened: {error}")
+            return
+        self._worker, self.capabilities, self.powers = worker, worker.capabilities, frozenset(worker.powers)
+        if self.state == "starting":
+            self.state = "ready"
+            self._on_state(self)
+
+    def submit(self, operation: Operation, batch: Batch, on_done: Callable[[Statuses], None]) -> None:
+        """As `TierLink.submit`."""
+        worker = self._worker
+        failed = np.full(len(batch), Status.FAILED, np.uint8)
+        if worker is None or self.state != "ready" or (operation == "delete" and "delete" not in self.powers):
+            self._loop.call_soon(on_done, failed)
+            return
+        self._run(
+            lambda: worker.run(operation, batch),
+            lambda statuses, error: on_done(failed if statuses is None else statuses),
+            self.settings.deadline_s,
+            f"a {operation} was not answered in time",
+        )
+
+    def probe(self, batch: Batch, on_done: Callable[[int], None]) -> None:
+        """As `TierLink.probe`."""
+        worker = self._worker
+        if worker is None or self.state != "ready":
+            self._loop.call_soon(on_done, 0)
+            return
+        self._run(
+            lambda: worker.probe(batch),
+            lambda count, error: on_done(count or 0),
+            self.settings.deadline_s,
+            "a probe was not answered in time",
+        )
+
+    def list(self, on_piece: Callable[[Listing], None], on_end: Callable[[bool], None]) -> None:
+        """As `TierLink.list`."""
+        worker = self._worker
+        if worker is None or self.state != "ready":
+            self._loop.call_soon(on_end, False)
+            return
+
+        def finished(pieces: list[Listing] | None, error: BaseException | None) -> None:
+            for piece in pieces or []:
+                on_piece(piece)
+            on_end(error is None)
+
+        self._run(lambda: list_all(worker), finished, self.settings.open_deadline_s, "a list was not answered in time")
+
+    async def close(self, deadline_s: float) -> None:
+        """Close the backend; returns at the deadline if it does not return before."""
+        self.state = "closed"
+        worker = self._worker
+        if worker is None:
+            return
+        closed = self._loop.create_future()
+        self._run(worker.close, lambda _, error: closed.done() or closed.set_result(None), deadline_s, "")
+        await asyncio.wait([closed], timeout=deadline_s)
+
+    def _away(self, reason: str) -> None:
+        if self.state != "closed":
+            self.state, self.last_error = "backoff", reason
+            self._on_state(self)
+
+    def _run(
+        self,
+        work: Callable[[], Any],
+        done: Callable[[Any, BaseException | None], None],
+        deadline_s: float,
+        late: str,
+    ) -> None:
+        """Run `work` on a daemon thread, then `done` on the loop, unless the deadline has passed."""
+        timer = self._loop.call_later(deadline_s, self._away, late)
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            timer.cancel()
+            done(result, error)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as caught:  # the backend is a stranger's: whatever it raises is its failure
+                error = caught
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(settle, result, error)
+
+        threading.Thread(target=run, name=f"flexkv-{self.settings.name}", daemon=True).start()
+
+
+def list_all(worker: TierWorker) -> list[Listing]:
+    """All pieces of a listing."""
+    return list(worker.listing())

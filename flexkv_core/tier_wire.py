@@ -1,0 +1,202 @@
+"""The wire between the core and a tier process: messages, framing, arrays as bytes.
+
+A frame is a 4-byte little-endian length and a msgpack message (msgspec tagged structs, nothing executable). Both
+sides bound what they read. Arrays travel as raw bytes and are checked against the batch's length on arrival.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.backend import Batch, Listing
+
+MAX_MESSAGE_BYTES = 64 << 20
+LISTING_PIECE = 1 << 16
+"""Blocks in one message of a listing."""
+_HEADER = struct.Struct("<I")
+
+
+class WireError(Exception):
+    """The other side broke the protocol."""
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """Core to tier, first: everything that the process needs; nothing of it is in its argv."""
+
+    name: str
+    backend: str
+    config: dict[str, Any]
+    path: list[str]
+    region_bytes: int
+    slot_bytes: list[int]
+    capacity: int | None
+    state_directory: str | None
+    faults: dict[str, Any] | None
+    log_level: int
+
+
+class Call(msgspec.Struct, tag=True, frozen=True):
+    """Core to tier: one operation on a batch."""
+
+    number: int
+    operation: str
+    keys: bytes
+    groups: bytes
+    offsets: bytes
+    lengths: bytes
+    slots: bytes | None
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """Core to tier: close the backend and exit."""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Tier to core: the backend is open."""
+
+    addressing: str
+    persistent: bool
+    shared: bool
+    alignment: int
+    concurrency: int
+    max_batch_blocks: int
+    powers: list[str]
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """Tier to core: the backend could not be opened; the process exits."""
+
+    reason: str
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """Tier to core: the answer to a call, one byte a block (of a probe: one int32)."""
+
+    number: int
+    statuses: bytes
+
+
+class Piece(msgspec.Struct, tag=True, frozen=True):
+    """Tier to core: part of the answer to a listing; `last` ends it, `complete` says whether it is whole."""
+
+    number: int
+    keys: bytes
+    groups: bytes
+    lengths: bytes
+    last: bool
+    complete: bool
+
+
+class Log(msgspec.Struct, tag=True, frozen=True):
+    """Tier to core: a log record."""
+
+    level: int
+    text: str
+
+
+ToTier = Start | Call | Close
+ToCore = Ready | Failed | Done | Piece | Log
+_to_tier = msgspec.msgpack.Decoder(ToTier)
+_to_core = msgspec.msgpack.Decoder(ToCore)
+
+
+def frame(message: ToTier | ToCore) -> bytes:
+    """A message, ready to send."""
+    body = msgspec.msgpack.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(body)} bytes is too long to send")
+    return _HEADER.pack(len(body)) + body
+
+
+class Reader:
+    """Puts frames together from what a socket delivers."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take bytes, return the bodies that are complete. Raises WireError for a length out of bounds."""
+        self._held += data
+        bodies = []
+        while len(self._held) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._held)
+            if length > MAX_MESSAGE_BYTES:
+                raise WireError(f"a message of {length} bytes is announced: at most {MAX_MESSAGE_BYTES} are taken")
+            end = _HEADER.size + length
+            if len(self._held) < end:
+                break
+            bodies.append(bytes(self._held[_HEADER.size : end]))
+            del self._held[:end]
+        return bodies
+
+
+def parse_to_tier(body: bytes) -> ToTier:
+    """Decode what the core sent. Raises WireError."""
+    try:
+        return _to_tier.decode(body)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"unreadable message: {error}") from error
+
+
+def parse_to_core(body: bytes) -> ToCore:
+    """Decode what a tier sent. Raises WireError."""
+    try:
+        return _to_core.decode(body)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"unreadable message: {error}") from error
+
+
+def call(number: int, operation: str, batch: Batch) -> Call:
+    """A batch as a message."""
+    return Call(
+        number,
+        operation,
+        np.ascontiguousarray(batch.keys).tobytes(),
+        batch.groups.tobytes(),
+        batch.offsets.tobytes(),
+        batch.lengths.tobytes(),
+        None if batch.slots is None else batch.slots.tobytes(),
+    )
+
+
+def batch_of(message: Call) -> Batch:
+    """A message as a batch. Raises WireError if its arrays are of different lengths."""
+    groups = np.frombuffer(message.groups, np.uint8)
+    count = len(groups)
+    if len(message.keys) != 32 * count or len(message.offsets) != 8 * count or len(message.lengths) != 8 * count:
+        raise WireError(f"the arrays of a batch of {count} blocks have other lengths")
+    if message.slots is not None and len(message.slots) != 8 * count:
+        raise WireError(f"a batch of {count} blocks has {len(message.slots)} bytes of slots")
+    return Batch(
+        np.frombuffer(message.keys, np.uint8).reshape(count, 32),
+        groups,
+        np.frombuffer(message.offsets, np.int64),
+        np.frombuffer(message.lengths, np.int64),
+        None if message.slots is None else np.frombuffer(message.slots, np.int64),
+    )
+
+
+def pieces_of(number: int, listing: Listing) -> list[Piece]:
+    """A listing as messages of bounded size."""
+    pieces = []
+    for at in range(0, len(listing.groups), LISTING_PIECE):
+        part = slice(at, at + LISTING_PIECE)
+        keys = np.ascontiguousarray(listing.keys[part], np.uint8).tobytes()
+        groups = np.ascontiguousarray(listing.groups[part], np.uint8).tobytes()
+        lengths = np.ascontiguousarray(listing.lengths[part], np.int64).tobytes()
+        pieces.append(Piece(number, keys, groups, lengths, last=False, complete=False))
+    return pieces
+
+
+def listing_of(piece: Piece) -> Listing:
+    """A message as part of a listing. Raises WireError if its arrays are of different lengths."""
+    groups = np.frombuffer(piece.groups, np.uint8)
+    if len(piece.keys) != 32 * len(groups) or len(piece.lengths) != 8 * len(groups):
+        raise WireError(f"the arrays of a listing of {len(groups)} blocks have other lengths")
+    lengths: npt.NDArray[np.int64] = np.frombuffer(piece.lengths, np.int64)
+    return Listing(np.frombuffer(piece.keys, np.uint8).reshape(len(groups), 32), groups, lengths)

@@ -1,0 +1,104 @@
+"""Running a backend: opening it, calling it from threads, and holding it to its duties.
+
+Shared by the tier process and by `isolation: none`. Turns whatever a backend does (raise, wrong number of statuses)
+into one status a block. Does not know where calls come from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.backend import (
+    Backend,
+    Batch,
+    Listing,
+    OpenContext,
+    Status,
+    SupportsDelete,
+    SupportsList,
+    SupportsProbe,
+)
+from flexkv_core.plugins import load_backend
+from flexkv_core.testing.faults import wrap
+
+
+class TierWorker:
+    """One opened backend. `run` and `listing` may be called from several threads."""
+
+    def __init__(
+        self,
+        backend: str,
+        config: Mapping[str, Any],
+        faults: Mapping[str, Any] | None,
+        *,
+        host: memoryview,
+        slot_bytes: Sequence[int],
+        capacity: int | None,
+        state_directory: Path | None,
+        logger: logging.Logger,
+    ) -> None:
+        spec = load_backend(backend)
+        made: Backend = spec.factory(spec.config_model.model_validate(dict(config)))
+        if faults is not None:
+            made = wrap(made, faults)
+        if made.capabilities.addressing != spec.addressing:
+            raise ValueError(
+                f"the spec says {spec.addressing!r} addressing, the backend {made.capabilities.addressing!r}"
+            )
+        if state_directory is not None:
+            state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made.open(OpenContext(host, tuple(slot_bytes), capacity, logger, state_directory))
+        self.backend = made
+        self.capabilities = made.capabilities
+        self.powers = sorted(
+            name
+            for name, power in (("probe", SupportsProbe), ("delete", SupportsDelete), ("list", SupportsList))
+            if isinstance(made, power)
+        )
+        self._logger = logger
+
+    def run(self, operation: str, batch: Batch) -> npt.NDArray[np.uint8]:
+        """One `Status` a block; a backend that raises or breaks its duty has failed for the whole batch."""
+        try:
+            return self._statuses(operation, batch, getattr(self.backend, operation)(batch))
+        except Exception:
+            self._logger.exception("%s of %d blocks failed", operation, len(batch))
+            return np.full(len(batch), Status.FAILED, np.uint8)
+
+    def probe(self, batch: Batch) -> int:
+        """How many leading blocks are held; 0 if the backend cannot say."""
+        try:
+            if not isinstance(self.backend, SupportsProbe):
+                return 0
+            return min(max(int(self.backend.probe(batch)), 0), len(batch))
+        except Exception:
+            self._logger.exception("probe of %d blocks failed", len(batch))
+            return 0
+
+    def listing(self) -> Iterator[Listing]:
+        """What the backend holds; raises what it raises."""
+        if isinstance(self.backend, SupportsList):
+            yield from self.backend.list()
+
+    def close(self) -> None:
+        """Close the backend; an exception is logged."""
+        try:
+            self.backend.close()
+        except Exception:
+            self._logger.exception("close failed")
+
+    def _statuses(self, operation: str, batch: Batch, answer: Sequence[Status]) -> npt.NDArray[np.uint8]:
+        statuses = np.asarray(list(answer))
+        if len(statuses) != len(batch):
+            raise ValueError(
+                f"duty broken: {operation} returned {len(statuses)} statuses for {len(batch)} blocks; one each is due"
+            )
+        if len(statuses) and not np.isin(statuses, [int(status) for status in Status]).all():
+            raise ValueError(f"duty broken: {operation} returned something that is no Status")
+        return statuses.astype(np.uint8)
