@@ -21,7 +21,7 @@ from flexkv_core.blocks import Namespace
 from flexkv_core.books import TierBook, make_planner, open_books
 from flexkv_core.config import StackConfig, TierConfig, load_stack
 from flexkv_core.device import Device
-from flexkv_core.errors import KeyInputError, KeyTypeError, ManagerClosedError, StateError
+from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
@@ -62,7 +62,7 @@ class KVCacheManager:
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
-            huge_pages=opened.huge_pages,
+            huge_pages="try" if opened.huge_pages else "off",
             prefault=opened.prefault,
             progress=progress,
             threads=opened.threads,
@@ -146,7 +146,7 @@ class KVCacheManager:
         self._check_open()
         namespace = Namespace.of(model)
         if device is not None:
-            device.check(model.groups)
+            _check_device(device, model)
         with self._lock:
             self._planner.add_model(namespace.root, model.groups)
             if device is not None:
@@ -261,7 +261,7 @@ class KVCacheManager:
             slots = plan.slots[group, : len(blocks)]
             chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
             jobs.append((group, slots[chosen] * PAGE, blocks[chosen]))
-            device.check_blocks(group, blocks[chosen])
+            _check_blocks(device, group, blocks[chosen])
         transfer = Transfer()
         count = sum(len(blocks) for _, _, blocks in jobs)
 
@@ -306,7 +306,7 @@ class KVCacheManager:
         offered = _by_group(device_blocks, len(groups), len(keys), "device_blocks")
         table = np.full((len(groups), len(keys)), -1, np.int64)
         for group, blocks in enumerate(offered):
-            device.check_blocks(group, blocks[blocks >= 0])
+            _check_blocks(device, group, blocks)
             table[group, : len(blocks)] = blocks
         transfer = Transfer()
         self._scheduler.call(self._begin_store, transfer, namespace.root, keys, table, device)
@@ -424,6 +424,23 @@ class KVCacheManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this manager was closed: open another one")
+
+
+def _check_device(device: Device, model: ModelSpec) -> None:
+    for number, group in enumerate(model.groups):
+        found = device.fragments(number).block_bytes
+        if found != group.block_bytes:
+            raise LayoutError(
+                f"group {number}: the device's blocks have {found} bytes, the model's {group.block_bytes}: "
+                "describe the same tensors in both"
+            )
+
+
+def _check_blocks(device: Device, group: int, blocks: npt.NDArray[np.int64]) -> None:
+    pages = device.fragments(group).pages
+    if len(blocks) and (blocks.max() >= pages or blocks.min() < -1):
+        worst = int(blocks.max()) if blocks.max() >= pages else int(blocks.min())
+        raise KeyInputError(f"device block {worst} of group {group}: the device has blocks 0 to {pages - 1}")
 
 
 def _checked_keys(keys: Keys) -> Keys:

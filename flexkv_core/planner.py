@@ -442,7 +442,7 @@ class Planner:
         presence = self.tiers[number].presence
         if presence is None:
             return None
-        presence.add(keys, groups, lengths)
+        presence.add_oldest_first(keys, groups, lengths)
         over_keys, over_groups, over_lengths = presence.overflow()
         return Deletion(number, over_keys, over_groups, over_lengths) if len(over_groups) else None
 

@@ -42,7 +42,14 @@ class Presence:
 
     def add(self, keys: Keys, groups: Groups, lengths: Lengths) -> None:
         """Record blocks as held and most recently used, the last of the arrays the oldest among them."""
-        for entry, length in zip(reversed(_entries(keys, groups)), reversed(lengths.tolist()), strict=True):
+        self._add(list(reversed(_entries(keys, groups))), list(reversed(lengths.tolist())))
+
+    def add_oldest_first(self, keys: Keys, groups: Groups, lengths: Lengths) -> None:
+        """Record blocks as held, as a listing gives them: the first of the arrays the least recently used."""
+        self._add(_entries(keys, groups), lengths.tolist())
+
+    def _add(self, entries: list[tuple[bytes, int]], lengths: list[int]) -> None:
+        for entry, length in zip(entries, lengths, strict=True):
             self.used_bytes += length - self._lengths.get(entry, 0)
             self._lengths[entry] = length
             self._lengths.move_to_end(entry)

@@ -45,7 +45,8 @@ class TierQueue:
 
     Attributes:
         reads, writes: moves not yet started.
-        write_limit: bytes that `writes` may hold.
+        write_limit: bytes that may be queued or being written: all of it is pinned in host memory.
+        queued_bytes: how many are.
         in_flight: calls that the tier has not answered.
         settling: reads that came back and are being verified.
     """
@@ -68,8 +69,15 @@ class TierQueue:
         return sum(len(move) for move in self.writes)
 
 
-def _batch(move: Move) -> Batch:
-    return Batch(move.block_keys, move.groups, move.host_slots * PAGE, move.slot_bytes, move.tier_slots)
+FORWARD, DEEPEST_FIRST = slice(None), slice(None, None, -1)
+"""Order of blocks within a batch. Writes go deepest first, so that a medium that remembers only when a block was written
+makes leaves older than their ancestors after a restart."""
+
+
+def _batch(move: Move, order: slice) -> Batch:
+    slots = None if move.tier_slots is None else move.tier_slots[order]
+    offsets = move.host_slots[order] * PAGE
+    return Batch(move.block_keys[order], move.groups[order], offsets, move.slot_bytes[order], slots)
 
 
 def _deletion_batch(deletion: Deletion, chosen: slice) -> Batch:
@@ -196,8 +204,9 @@ class Scheduler:
         """Give up all that is queued and not started."""
         with self._lock:
             while queue.writes:
-                self._planner.drop_write(queue.writes.popleft())
-            queue.queued_bytes = 0
+                move = queue.writes.popleft()
+                queue.queued_bytes -= move.nbytes
+                self._planner.drop_write(move)
         while queue.reads:
             move = queue.reads.popleft()
             self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
@@ -257,9 +266,7 @@ class Scheduler:
             if queue.reads:
                 self._start_read(queue, self._take(queue.reads, size))
             elif queue.writes and queue.link.state == "ready":
-                move = self._take(queue.writes, size)
-                queue.queued_bytes -= move.nbytes
-                self._start_write(queue, move)
+                self._start_write(queue, self._take(queue.writes, size))
             else:
                 return
 
@@ -292,7 +299,7 @@ class Scheduler:
             self._settle(queue, move, outcome)
             self._wake_idle()
 
-        queue.link.submit("read", _batch(move), done)
+        queue.link.submit("read", _batch(move, FORWARD), done)
 
     def _verified(self, move: Move, statuses: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Turn statuses into outcomes: OK only counts where the seal holds."""
@@ -320,6 +327,7 @@ class Scheduler:
     def _start_write(self, queue: TierQueue, move: Move) -> None:
         with self._lock:
             started, deletion = self._planner.start_write(move)
+        queue.queued_bytes -= move.nbytes - (started.nbytes if started is not None else 0)
         if started is not None and len(started) < len(move):
             self._drop_descendants(queue, move.part(slice(len(started), None)))
         if started is None:
@@ -332,13 +340,14 @@ class Scheduler:
 
         def room_made(ok: bool) -> None:
             if ok:
-                queue.link.submit("write", _batch(write), done)
+                queue.link.submit("write", _batch(write, DEEPEST_FIRST), done)
             else:
                 done(np.full(len(write), Status.FAILED, np.uint8))
 
         def done(statuses: npt.NDArray[np.uint8]) -> None:
             queue.in_flight -= 1
-            written = statuses == Status.OK
+            queue.queued_bytes -= write.nbytes
+            written = statuses[DEEPEST_FIRST] == Status.OK
             with self._lock:
                 self._planner.finish_write(write, written)
             if not written.all():

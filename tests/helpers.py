@@ -79,11 +79,12 @@ def prompt(seed: int, blocks: int) -> npt.NDArray[np.int32]:
 
 
 def stack(root: Path, host_blocks: int = 64, directory: str = "64MiB", **tier: Any) -> dict[str, Any]:
-    """A cpu tier with room for some blocks over a directory tier; host memory comes in whole 32 MiB extents."""
+    """A cpu tier with room for some blocks over a directory tier; the write queue never overflows."""
+    queue = {"write_queue": host_blocks * SLOT_BYTES}
     return {
         "block_size": BLOCK_SIZE,
         "tiers": [
             {"backend": "cpu", "capacity": host_blocks * SLOT_BYTES},
-            {"backend": "directory", "capacity": directory, "root": str(root), **tier},
+            {"backend": "directory", "capacity": directory, "root": str(root), **queue, **tier},
         ],
     }

@@ -108,7 +108,8 @@ def test_without_verification_wrong_bytes_get_through(tmp_path: Path) -> None:
 
 def test_a_hanging_tier_slows_nothing_and_close_keeps_its_deadline(tmp_path: Path) -> None:
     faults = {"hang": 1.0, "seed": 5, "operations": ["read", "write"]}
-    manager = KVCacheManager.open(stack(tmp_path, host_blocks=16, faults=faults, deadline_s=3600))
+    options = {"faults": faults, "deadline_s": 3600.0, "write_queue": 4 * SLOT_BYTES}
+    manager = KVCacheManager.open(stack(tmp_path, host_blocks=16, **options))
     engine = Engine(manager)
     for seed in range(12):
         engine.store(engine.keys(prompt(seed, 2)), timeout_s=5.0)
@@ -122,7 +123,7 @@ def test_a_hanging_tier_slows_nothing_and_close_keeps_its_deadline(tmp_path: Pat
 def test_a_full_queue_drops_and_never_waits(tmp_path: Path) -> None:
     faults = {"hang": 1.0, "seed": 5, "operations": ["write"]}
     limit = 4 * SLOT_BYTES
-    options = {"faults": faults, "deadline_s": 3600, "write_queue": limit}
+    options = {"faults": faults, "deadline_s": 3600.0, "write_queue": limit}
     with KVCacheManager.open(stack(tmp_path, host_blocks=600, **options)) as manager:
         engine = Engine(manager)
         wait_ready(manager)
@@ -152,7 +153,7 @@ def test_killing_the_tier_process_loses_no_committed_block_and_it_comes_back(tmp
 
 def test_a_fetch_past_its_deadline_is_done_with_what_is_in_hand(tmp_path: Path) -> None:
     faults = {"hang": 1.0, "seed": 5, "operations": ["read"]}
-    with KVCacheManager.open(stack(tmp_path, host_blocks=16, faults=faults, deadline_s=3600)) as manager:
+    with KVCacheManager.open(stack(tmp_path, host_blocks=16, faults=faults, deadline_s=3600.0)) as manager:
         engine = Engine(manager)
         for seed in range(4):
             engine.store(engine.keys(prompt(seed, 8)))
