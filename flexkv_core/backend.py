@@ -47,7 +47,26 @@ import numpy.typing as npt
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
-from flexkv_core.locks import DirectoryLock  # noqa: F401 - a helper for authors
+from flexkv_core.locks import DirectoryLock
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "PAGE",
+    "Backend",
+    "BackendConfig",
+    "BackendSpec",
+    "Batch",
+    "Capabilities",
+    "DirectoryLock",
+    "Listing",
+    "OpenContext",
+    "Status",
+    "SupportsDelete",
+    "SupportsList",
+    "SupportsProbe",
+    "hookimpl",
+    "listing",
+]
 
 CONTRACT_VERSION = 1
 PAGE = 4096
@@ -95,6 +114,12 @@ class Listing:
     keys: npt.NDArray[np.uint8]
     groups: npt.NDArray[np.uint8]
     lengths: npt.NDArray[np.int64]
+
+
+def listing(keys: bytes, groups: Sequence[int], lengths: Sequence[int]) -> Listing:
+    """Make a `Listing` of plain values: the keys one after the other, 32 bytes each."""
+    rows = np.frombuffer(keys, np.uint8).reshape(len(groups), 32)
+    return Listing(rows, np.array(groups, np.uint8), np.array(lengths, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,7 +284,7 @@ class GrowingKeys:
 def _token_array(tokens: Any) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
     if not isinstance(tokens, np.ndarray):
         raise KeyTypeError(f"tokens is a {_type_name(tokens)}: pass np.asarray(tokens, np.int32)")
-    if tokens.dtype != np.int32 and tokens.dtype != np.int64:
+    if tokens.dtype not in (np.int32, np.int64):
         raise KeyTypeError(f"tokens has dtype {tokens.dtype}: use int32 or int64, native byte order")
     if tokens.ndim != 1:
         raise KeyInputError(f"tokens has shape {tokens.shape}: pass one prompt, a 1-D array")
@@ -366,7 +366,7 @@ def _value(value: Any) -> bytes:
     return _item(b"i", str(int(value)).encode())
 
 
-def _record(**fields: str | bytes | int | None | list[bytes]) -> bytes:
+def _record(**fields: str | bytes | int | list[bytes] | None) -> bytes:
     """Encode a record; a list's entries are records that are encoded already."""
     pairs = (
         _value(name) + (_item(b"l", b"".join(value)) if isinstance(value, list) else _value(value))

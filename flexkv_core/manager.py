@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from flexkv_core.backend import PAGE
 from flexkv_core.blocks import Namespace
-from flexkv_core.books import TierBook, make_planner, open_books
+from flexkv_core.books import make_planner, open_books
 from flexkv_core.config import StackConfig, TierConfig, load_stack
 from flexkv_core.device import Device
 from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
+from flexkv_core.planner import TierBook
 from flexkv_core.plans import HOST, Move, StorePlan
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Link, Scheduler

@@ -353,7 +353,8 @@ class Planner:
         if tier.presence is not None:
             return tier.presence.held(keys[at], group)
         assert tier.column is not None
-        return (self.index.residency(root, keys, tier.column, group) != NO_SLOT)[at]
+        slots = self.index.residency(root, keys, tier.column, group)[at]
+        return np.not_equal(slots, NO_SLOT)
 
     # ---------------------------------------------------------------- writes to lower tiers
 

@@ -70,8 +70,8 @@ class TierQueue:
 
 
 FORWARD, DEEPEST_FIRST = slice(None), slice(None, None, -1)
-"""Order of blocks within a batch. Writes go deepest first, so that a medium that remembers only when a block was written
-makes leaves older than their ancestors after a restart."""
+"""Order of blocks within a batch. Writes go deepest first, so that a medium that remembers only when a block was
+written makes leaves older than their ancestors after a restart."""
 
 
 def _batch(move: Move, order: slice) -> Batch:

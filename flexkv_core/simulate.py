@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from flexkv_core.blocks import Namespace
-from flexkv_core.books import TierBook, make_planner, open_books
+from flexkv_core.books import make_planner, open_books
 from flexkv_core.config import StackConfig
 from flexkv_core.errors import StateError
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
-from flexkv_core.planner import Planner
+from flexkv_core.planner import Planner, TierBook
 from flexkv_core.plans import Deletion, Move, Outcome
 
 

@@ -8,6 +8,7 @@ host memory), and the tier stays away from then on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -119,9 +120,10 @@ class InlineLink:
         worker = self._worker
         if worker is None:
             return
-        closed = self._loop.create_future()
-        self._run(worker.close, lambda _, error: closed.done() or closed.set_result(None), deadline_s, "")
-        await asyncio.wait([closed], timeout=deadline_s)
+        closed = asyncio.Event()
+        self._run(worker.close, lambda _, error: closed.set(), deadline_s, "")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(closed.wait(), deadline_s)
 
     def _away(self, reason: str) -> None:
         if self.state != "closed":

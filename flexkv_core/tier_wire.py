@@ -138,7 +138,8 @@ class Reader:
 def parse_to_tier(body: bytes) -> ToTier:
     """Decode what the core sent. Raises WireError."""
     try:
-        return _to_tier.decode(body)
+        message: ToTier = _to_tier.decode(body)
+        return message
     except msgspec.MsgspecError as error:
         raise WireError(f"unreadable message: {error}") from error
 
@@ -146,7 +147,8 @@ def parse_to_tier(body: bytes) -> ToTier:
 def parse_to_core(body: bytes) -> ToCore:
     """Decode what a tier sent. Raises WireError."""
     try:
-        return _to_core.decode(body)
+        message: ToCore = _to_core.decode(body)
+        return message
     except msgspec.MsgspecError as error:
         raise WireError(f"unreadable message: {error}") from error
 

@@ -319,7 +319,6 @@ def test_whatever_happens_the_rules_hold() -> None:
             "release",
             "lose_tier",
             "lose_slot_tier",
-            "write_without_room",
             "abort_store",
             "drop_write",
         )

@@ -42,6 +42,8 @@ BlockKeys = Callable[[npt.NDArray[np.int32], int, bytes], Keys]
 """`flexkv_core.blocks.block_keys`: (tokens, block_size, root) -> (n, 32) uint8."""
 
 DEFAULT_BLOCK_BYTES = "64KiB"
+DEFAULT_BLOCK_SIZE = 512
+"""Tokens a block where the stack names none: those of a hash id of the trace."""
 _FILE_WIDTH = 100
 _MEMCPY_EVERY = 16
 _MEMCPY_BYTES = 64 << 20
@@ -165,7 +167,7 @@ def replay_command(
     if model is not None:
         geometry = resolve_model(model)
     else:
-        geometry = synthetic_geometry(parse_size(block_bytes or DEFAULT_BLOCK_BYTES), stack.block_size)
+        geometry = synthetic_geometry(parse_size(block_bytes or DEFAULT_BLOCK_BYTES), _block_size(stack))
     requests = read_trace(trace, limit)
     console = Console()
     if not console.is_terminal:
@@ -178,7 +180,7 @@ def replay_command(
             runner = _with_bytes(resources, stack, geometry, requests, verify, fetch_deadline, progress)
         task = progress.add_task("requests", total=len(requests))
         started = time.perf_counter()
-        recorder = replay(requests, runner, block_keys, stack.block_size, lambda: progress.advance(task))
+        recorder = replay(requests, runner, block_keys, _block_size(stack), lambda: progress.advance(task))
         seconds = time.perf_counter() - started
         report = make_report(recorder, runner.stats(), seconds, simulated=simulate, verify=verify, notes=runner.notes)
     print_report(report, console)
@@ -211,7 +213,7 @@ def _simulated(stack: StackConfig, geometry: KVGeometry) -> Runner:
     from flexkv_core.simulate import SimulatedCache  # noqa: PLC0415
 
     cache = SimulatedCache(stack)
-    return SimulatedRunner(cache, cache.register(geometry.model_spec(stack.block_size)))
+    return SimulatedRunner(cache, cache.register(geometry.model_spec(_block_size(stack))))
 
 
 def _with_bytes(
@@ -226,8 +228,8 @@ def _with_bytes(
     from flexkv_core.device.cpu import CpuDevice  # noqa: PLC0415
     from flexkv_core.manager import KVCacheManager  # noqa: PLC0415
 
-    longest = max(request.input_length // stack.block_size for request in requests)
-    pages = DevicePages.allocate(geometry, stack.block_size, max(1, longest))
+    longest = max(request.input_length // _block_size(stack) for request in requests)
+    pages = DevicePages.allocate(geometry, _block_size(stack), max(1, longest))
     task = progress.add_task("host memory", total=None)
 
     def prefaulted(done_bytes: int, total_bytes: int) -> None:
@@ -237,7 +239,7 @@ def _with_bytes(
     manager = resources.enter_context(KVCacheManager.open(stack, verify=verify, progress=prefaulted))
     progress.update(task, visible=False)
     device = CpuDevice([pages.tensors], block_axis=1)
-    namespace = manager.register(geometry.model_spec(stack.block_size), device=device)
+    namespace = manager.register(geometry.model_spec(_block_size(stack)), device=device)
     runner = BytesRunner(manager, namespace, pages, fetch_deadline_s)
     runner.notes.extend(await_tiers(manager))
     return runner
@@ -256,3 +258,7 @@ def _write_json(report: Report, path: Path) -> None:
         path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+def _block_size(stack: StackConfig) -> int:
+    return stack.block_size or DEFAULT_BLOCK_SIZE

@@ -157,7 +157,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, path: Path_, source: Source
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, number), source) for number, child in enumerate(node.value)]
     try:
-        value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+        value = loader.construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         raise located(source.name, position, spell(path), node.value, f"cannot be read: {error}") from error
     if isinstance(value, float) and not math.isfinite(value):

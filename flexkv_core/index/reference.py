@@ -320,7 +320,7 @@ def _count_branch(node: _Node, column: Column, change: int) -> _Node | None:
 
     Returns the nearest ancestor that holds a copy in it and has thereby become a leaf of the column, or None.
     """
-    child, parent = node, node.parent
+    parent = node.parent
     while parent is not None:
         was_populated = parent.populated(column)
         count = parent.branches.get(column, 0) + change
@@ -330,7 +330,7 @@ def _count_branch(node: _Node, column: Column, change: int) -> _Node | None:
             del parent.branches[column]
         if parent.populated(column) == was_populated:
             return parent if not count else None
-        child, parent = parent, parent.parent
+        parent = parent.parent
     return None
 
 

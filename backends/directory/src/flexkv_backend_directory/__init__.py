@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 import flexkv_core.backend as fk
 
 
@@ -24,7 +22,8 @@ class DirectoryBackend(fk.Backend):
         self.host, self.log, self.lock = context.host, context.logger, fk.DirectoryLock(self.root)
         for shard in (self.root / f"{number:02x}" for number in range(256)):
             shard.mkdir(mode=0o700, exist_ok=True)
-            [leftover.unlink() for leftover in shard.glob("*.tmp")]
+            for leftover in shard.glob("*.tmp"):
+                leftover.unlink()
 
     def read(self, batch: fk.Batch) -> Sequence[fk.Status]:
         return [self._read(*block) for block in self._blocks(batch)]
@@ -39,14 +38,14 @@ class DirectoryBackend(fk.Backend):
         return [*(path.exists() for path, _ in self._blocks(batch)), False].index(False)
 
     def delete(self, batch: fk.Batch) -> Sequence[fk.Status]:
-        [path.unlink(missing_ok=True) for path, _ in self._blocks(batch)]
+        for path, _ in self._blocks(batch):
+            path.unlink(missing_ok=True)
         return [fk.Status.OK] * len(batch)
 
     def list(self) -> Iterator[fk.Listing]:
         stats = sorted((f.stat().st_mtime_ns, f.stat().st_size, f.name) for f in self.root.glob("??/*.kv"))
-        keys = np.frombuffer(bytes.fromhex("".join(name[:64] for _, _, name in stats)), np.uint8).reshape(-1, 32)
-        groups = np.array([int(name[65:-3]) for _, _, name in stats], np.uint8)
-        yield fk.Listing(keys, groups, np.array([size for _, size, _ in stats], np.int64))
+        keys = bytes.fromhex("".join(name[:64] for _, _, name in stats))
+        yield fk.listing(keys, [int(name[65:-3]) for _, _, name in stats], [size for _, size, _ in stats])
 
     def _blocks(self, batch: fk.Batch) -> Iterator[tuple[Path, memoryview]]:
         for key, group, start, length in zip(batch.keys, batch.groups, batch.offsets, batch.lengths, strict=True):

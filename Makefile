@@ -1,0 +1,49 @@
+# make demo: set up .venv and run the main job.  make test: set up and pass the tests.  make help: the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
+
+.PHONY: demo test check soak bench clean help
+
+help: ## Say what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.run ## Set up and replay an hour of production requests
+	bash scripts/demo.sh $(BIN)/flexkv
+
+test: $(VENV)/.test ## Set up and pass the tests
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.test ## Lint, format, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_imports.py
+
+soak: $(VENV)/.test ## The long counts of kills, faults and steps
+	FLEXKV_SOAK=1 $(BIN)/python -m pytest -q -s -m soak
+
+bench: $(VENV)/.test ## All benchmarks, figures as JSON in out/
+	mkdir -p out
+	for b in keys host_copy; do $(BIN)/python benchmarks/$$b.py --json out/$$b.json; done
+
+clean: ## Remove what set-up and builds have made
+	rm -rf $(VENV) build out
+
+$(VENV)/.built: $(NATIVE) requirements/build.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r requirements/build.txt
+	$(PIP) install -q --no-build-isolation -e .
+	for b in backends/*/pyproject.toml; do $(PIP) install -q --no-build-isolation -e $$(dirname $$b) || exit 1; done
+	touch $@
+
+$(VENV)/.run: $(VENV)/.built requirements/run.txt
+	$(PIP) install -q -r requirements/run.txt
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run requirements/test.txt scripts/install_torch.sh
+	$(PIP) install -q -r requirements/test.txt
+	bash scripts/install_torch.sh $(BIN)/python
+	touch $@
