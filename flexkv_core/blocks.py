@@ -1,7 +1,7 @@
 """Block keys and namespaces: the names under which blocks are kept. No I/O.
 
-Owns the canonical encoding of a namespace, its root, and the chain of keys that starts there. Does not own the
-geometry of blocks (layout.py) nor who holds them (index/). The hashing itself is native (native/keys.cpp).
+Owns the canonical encoding of a namespace, its root, and the chain of keys that starts there. Does not own
+the geometry of blocks (layout.py) nor who holds them (index/). The hashing is native (native/keys.cpp).
 
 ``key[i] = SHA-256(tokens[i] as little-endian int32 || extras[i] || key[i-1])``, and ``key[-1]`` is the root.
 """
@@ -292,7 +292,7 @@ class GrowingKeys:
 def _token_array(tokens: Any) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
     if not isinstance(tokens, np.ndarray):
         raise KeyTypeError(f"tokens is a {_type_name(tokens)}: pass np.asarray(tokens, np.int32)")
-    if tokens.dtype != np.int32 and tokens.dtype != np.int64:
+    if tokens.dtype not in (np.int32, np.int64):
         raise KeyTypeError(f"tokens has dtype {tokens.dtype}: use int32 or int64, native byte order")
     if tokens.ndim != 1:
         raise KeyInputError(f"tokens has shape {tokens.shape}: pass one prompt, a 1-D array")
@@ -310,12 +310,10 @@ def _join_extras(extras: Any, blocks: int, block_size: int) -> tuple[bytes, npt.
     if extras is None:
         return b"", _NO_OFFSETS
     if isinstance(extras, (bytes, str)) or not isinstance(extras, Sequence):
-        raise KeyTypeError(
-            f"extras is a {_type_name(extras)}: pass a list of bytes or None, one a complete block"
-        )
+        raise KeyTypeError(f"extras is a {_type_name(extras)}: pass a list, one bytes or None a block")
     if len(extras) != blocks:
         raise KeyInputError(
-            f"extras has {len(extras)} entries: pass {blocks}, one for each complete block of {block_size} tokens"
+            f"extras has {len(extras)} entries: pass {blocks}, one a complete block of {block_size} tokens"
         )
     for position, extra in enumerate(extras):
         if extra is not None and not isinstance(extra, bytes):
@@ -382,7 +380,7 @@ def _value(value: Any) -> bytes:
     return _item(b"i", str(int(value)).encode())
 
 
-def _record(**fields: str | bytes | int | None | list[bytes]) -> bytes:
+def _record(**fields: str | bytes | int | list[bytes] | None) -> bytes:
     """Encode a record; a list's entries are records that are encoded already."""
     pairs = (
         _value(name) + (_item(b"l", b"".join(value)) if isinstance(value, list) else _value(value))
