@@ -1,7 +1,7 @@
 """Block keys and namespaces: the names under which blocks are kept. No I/O.
 
-Owns the canonical encoding of a namespace, its root, and the chain of keys that starts there. Does not own the
-geometry of blocks (layout.py) nor who holds them (index/). The hashing itself is native (native/keys.cpp).
+Owns the canonical encoding of a namespace, its root, and the chain of keys that starts there. Does not own
+the geometry of blocks (layout.py) nor who holds them (index/). The hashing is native (native/keys.cpp).
 
 ``key[i] = SHA-256(tokens[i] as little-endian int32 || extras[i] || key[i-1])``, and ``key[-1]`` is the root.
 """
@@ -310,12 +310,10 @@ def _join_extras(extras: Any, blocks: int, block_size: int) -> tuple[bytes, npt.
     if extras is None:
         return b"", _NO_OFFSETS
     if isinstance(extras, (bytes, str)) or not isinstance(extras, Sequence):
-        raise KeyTypeError(
-            f"extras is a {_type_name(extras)}: pass a list of bytes or None, one a complete block"
-        )
+        raise KeyTypeError(f"extras is a {_type_name(extras)}: pass a list, one bytes or None a block")
     if len(extras) != blocks:
         raise KeyInputError(
-            f"extras has {len(extras)} entries: pass {blocks}, one for each complete block of {block_size} tokens"
+            f"extras has {len(extras)} entries: pass {blocks}, one a complete block of {block_size} tokens"
         )
     for position, extra in enumerate(extras):
         if extra is not None and not isinstance(extra, bytes):

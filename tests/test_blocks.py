@@ -134,7 +134,7 @@ class TestBlockKeys:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all((keys == expected).all() for keys in sum(results, []))
+        assert all((keys == expected).all() for each in results for keys in each)
 
 
 class TestErrors:
@@ -163,7 +163,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("dtype", ["?", "f4", "f8", "u1", "u4", "u8", "i1", "i2", ">i4", ">i8", "O"])
     def test_other_dtypes(self, dtype: str) -> None:
-        with pytest.raises(KeyTypeError, match="tokens has dtype .* use int32 or int64"):
+        with pytest.raises(KeyTypeError, match=r"tokens has dtype .* use int32 or int64"):
             block_keys(np.zeros(32, dtype), 16, ROOT)
 
     @pytest.mark.parametrize("tokens", [[1, 2, 3], (1, 2), range(4), b"1234", None])
@@ -436,5 +436,5 @@ class TestMultimodalExtra:
 
     @pytest.mark.parametrize(("identity", "error"), [(b"", KeyInputError), ("x", KeyTypeError)])
     def test_errors_name_the_identity(self, identity: Any, error: type[FlexKVError]) -> None:
-        with pytest.raises(error, match="^identity is"):
+        with pytest.raises(error, match=r"^identity is"):
             multimodal_extra(identity)
