@@ -271,9 +271,7 @@ class GrowingKeys:
             block = np.concatenate((self._rest, flat[:head]), dtype=np.int32, casting="unsafe")
             pieces.append(_keys(block, size, self._root, previous, extras[:1] if extras else None))
             previous = pieces[0][0]
-        pieces.append(
-            _keys(flat[head:], size, self._root, previous, extras[len(pieces) :] if extras else None)
-        )
+        pieces.append(_keys(flat[head:], size, self._root, previous, extras[len(pieces) :] if extras else None))
         self._rest = flat[head + len(pieces[-1]) * size :].astype(np.int32)
         self._append(pieces)
         return self.keys[self._blocks - complete :]
@@ -317,9 +315,7 @@ def _join_extras(extras: Any, blocks: int, block_size: int) -> tuple[bytes, npt.
         )
     for position, extra in enumerate(extras):
         if extra is not None and not isinstance(extra, bytes):
-            raise KeyTypeError(
-                f"extras[{position}] is a {_type_name(extra)}: pass bytes, or None for no extra"
-            )
+            raise KeyTypeError(f"extras[{position}] is a {_type_name(extra)}: pass bytes, or None for no extra")
     blob = b"".join(extra or b"" for extra in extras)
     if not blob:
         return b"", _NO_OFFSETS
@@ -333,9 +329,7 @@ def _digest(name: str, value: Any) -> bytes:
         if value.dtype != np.uint8:
             raise KeyTypeError(f"{name} has dtype {value.dtype}: pass {KEY_BYTES} bytes or a uint8 array")
         if value.shape != (KEY_BYTES,):
-            raise KeyInputError(
-                f"{name} has shape {value.shape}: pass one key, an array of shape ({KEY_BYTES},)"
-            )
+            raise KeyInputError(f"{name} has shape {value.shape}: pass one key, an array of shape ({KEY_BYTES},)")
         return value.tobytes()
     if not isinstance(value, bytes):
         raise KeyTypeError(f"{name} is a {_type_name(value)}: pass {KEY_BYTES} bytes or a uint8 array")
@@ -357,9 +351,7 @@ def _check_text(name: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise KeyInputError(
-            f"{name} {value!r} cannot be written as UTF-8: give text without surrogates"
-        ) from error
+        raise KeyInputError(f"{name} {value!r} cannot be written as UTF-8: give text without surrogates") from error
 
 
 def _type_name(value: Any) -> str:

@@ -443,7 +443,7 @@ class Planner:
         presence = self.tiers[number].presence
         if presence is None:
             return None
-        presence.add_oldest_first(keys, groups, lengths)
+        presence.add(keys[::-1], groups[::-1], lengths[::-1])  # a listing gives the oldest first
         over_keys, over_groups, over_lengths = presence.overflow()
         return Deletion(number, over_keys, over_groups, over_lengths) if len(over_groups) else None
 

@@ -1,13 +1,19 @@
-"""Slots: which places of a slot-addressed tier are free. Knows sizes and numbers, not blocks.
+"""Slots of several sizes in one capacity, divided into extents.
 
-Capacity is divided into extents. A slot class (the slots of one size) takes *runs* of contiguous extents, one extent
-unless that would waste more than an eighth of it. A run whose slots are all free goes back when another class needs
-it. A slot is named by its byte offset in the tier divided by `PAGE`.
+Owns which slots of a tier are free. Does not own bytes, copies (`index/`), or the choice of what to evict.
+
+A class of slots takes extents from the common pool when it needs them, as *runs* of contiguous extents, and gives a run
+back when all its slots are free. Slots lie one behind another in a run; what is left at its end is waste. The
+run's length is the smallest that wastes at most 1/8 of itself, or the least wasteful of 16 lengths: one extent for
+slots up to 1/8 of it, several for larger ones, at least one slot always. Where no such run is left (the end of
+the capacity, a gap between other classes), a shorter one is used as far as it goes.
+
+All work is per batch, in NumPy. Per class there is one byte for each slot it could have, touched only when used.
 """
 
 from __future__ import annotations
 
-import heapq
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,236 +21,227 @@ import numpy.typing as npt
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import PAGE
 
-MIB = 1 << 20
-MAX_SPAN = 64
-MAX_WASTE = 1 / 8
+Slots = npt.NDArray[np.int64]
+_Counts = npt.NDArray[np.int64]
 
-SlotNumbers = npt.NDArray[np.int64]
-
-
-class _Run:
-    """Contiguous extents cut into slots of one class."""
-
-    __slots__ = ("extents", "first_page", "in_use", "used")
-
-    def __init__(self, first_page: int, extents: range, slots: int) -> None:
-        self.first_page = first_page
-        self.extents = extents
-        self.used = np.zeros(slots, np.bool_)
-        self.in_use = 0
+_COMMON = -1
+_MOST_WASTE = 1 / 8
+_RUN_LENGTHS = 16
 
 
+@dataclass(frozen=True, slots=True)
 class _SlotClass:
-    """The slots of one size."""
+    """One size. Arrays are indexed by the first extent of a run; zero elsewhere.
 
-    __slots__ = ("free", "pages", "runs", "slot_bytes", "span")
+    Attributes:
+        pages: of a slot.
+        run_extents, run_slots: shape of a run of full length.
+        used: (extents, run_slots) bool.
+        slots: (extents,) slots of the run that begins there.
+        free: (extents,) how many of them are free.
+    """
 
-    def __init__(self, slot_bytes: int, span: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.pages = slot_bytes // PAGE
-        self.span = span
-        self.runs: dict[int, _Run] = {}  # by number of the first extent
-        self.free = np.zeros(0, np.int64)  # a stack: the last is given out first
+    pages: int
+    run_extents: int
+    run_slots: int
+    used: npt.NDArray[np.bool_]
+    slots: _Counts
+    free: _Counts
 
 
 class SlotPool:
-    """Slots of several sizes within one capacity.
+    """Slots named by byte offset / 4096 (int64), which is unique over all classes.
 
     Args:
-        capacity_bytes: all of the tier; a last partial extent is used as far as it goes.
-        extent_bytes: a multiple of `PAGE`.
+        capacity_bytes: what all slots together may take; a partial page at the end is not used.
+        extent_bytes: the unit of division, a multiple of 4096. The last extent may be partial.
+
+    Raises LayoutError for a capacity below one page, or extents that are not whole pages.
     """
 
-    def __init__(self, capacity_bytes: int, extent_bytes: int = 32 * MIB) -> None:
-        if capacity_bytes <= 0 or extent_bytes <= 0 or extent_bytes % PAGE:
-            raise LayoutError(
-                f"capacity {capacity_bytes} in extents of {extent_bytes} bytes: both must be positive, "
-                f"extents a multiple of {PAGE}"
-            )
+    def __init__(self, capacity_bytes: int, extent_bytes: int = 32 << 20) -> None:
+        if capacity_bytes < PAGE:
+            raise LayoutError(f"capacity {capacity_bytes} bytes: must be at least one page of {PAGE}")
+        if extent_bytes < PAGE or extent_bytes % PAGE:
+            raise LayoutError(f"extent_bytes {extent_bytes}: must be a positive multiple of {PAGE}")
         self.capacity_bytes = capacity_bytes
         self.extent_bytes = extent_bytes
+        self._pages = capacity_bytes // PAGE
+        self._extent_pages = extent_bytes // PAGE
+        count = -(-self._pages // self._extent_pages)
+        self._owner = np.full(count, _COMMON, dtype=np.int64)
+        self._first = np.zeros(count, dtype=np.int64)
         self._classes: list[_SlotClass] = []
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all allocations; classes stay."""
-        self._extents = -(-self.capacity_bytes // self.extent_bytes)
-        self._fresh = 0  # extents from here on were never given out
-        self._returned: list[int] = []  # heap of extents given back
-        self._owner: dict[int, tuple[int, int]] = {}  # extent -> (class, first extent of its run)
-        for known in self._classes:
-            known.runs.clear()
-            known.free = np.zeros(0, np.int64)
-
-    def slot_class(self, slot_bytes: int) -> int:
-        """The class of slots of that size, made if it is new.
-
-        Raises:
-            LayoutError: not a multiple of `PAGE`, or more than the capacity.
-        """
-        for number, known in enumerate(self._classes):
-            if known.slot_bytes == slot_bytes:
-                return number
-        if slot_bytes <= 0 or slot_bytes % PAGE:
-            raise LayoutError(f"slot_bytes {slot_bytes}: must be a positive multiple of {PAGE}")
-        if slot_bytes > self.capacity_bytes:
-            raise LayoutError(
-                f"a block takes {slot_bytes} bytes with its seal, the tier's capacity is {self.capacity_bytes}: "
-                f"raise the capacity to at least {slot_bytes}"
-            )
-        self._classes.append(_SlotClass(slot_bytes, self._span(slot_bytes)))
-        return len(self._classes) - 1
-
-    def _span(self, slot_bytes: int) -> int:
-        """Extents a run: the fewest that waste at most an eighth, else those that waste least."""
-        smallest = -(-slot_bytes // self.extent_bytes)
-        best, least = smallest, 1.0
-        for span in range(smallest, max(smallest, min(MAX_SPAN, self._extents)) + 1):
-            size = span * self.extent_bytes
-            waste = (size % slot_bytes) / size
-            if waste <= MAX_WASTE:
-                return span
-            if waste < least:
-                best, least = span, waste
-        return best
-
-    def allocate(self, slot_class: int, count: int) -> SlotNumbers | None:
-        """Give out `count` slots, or None (and nothing changes for the caller) if there are not as many."""
-        known = self._classes[slot_class]
-        while len(known.free) < count:
-            if not self._grow(slot_class):
-                return None
-        cut = len(known.free) - count
-        slots = known.free[cut:][::-1].copy()
-        known.free = known.free[:cut]
-        for run, index in self._locate(slots):
-            run.used[index] = True
-            run.in_use += len(index)
-        return slots
-
-    def free(self, slots: SlotNumbers) -> None:
-        """Take slots back. Raises ValueError, and nothing changes, if one is not allocated or is named twice."""
-        if not len(slots):
-            return
-        if len(np.unique(slots)) != len(slots):
-            raise ValueError("a slot is freed twice in one call")
-        located = self._locate(slots)
-        if not all(run.used[index].all() for run, index in located):
-            raise ValueError("a slot that is not allocated is freed")
-        for run, index in located:
-            run.used[index] = False
-            run.in_use -= len(index)
-        owners = np.array([self._owner[int(e)][0] for e in slots * PAGE // self.extent_bytes])
-        for number in np.unique(owners):
-            known = self._classes[int(number)]
-            known.free = np.concatenate([known.free, slots[owners == number][::-1]])
-
-    def available(self, slot_class: int) -> int:
-        """Slots of a class that could be given out now."""
-        known = self._classes[slot_class]
-        self._reclaim(slot_class)
-        per_run = known.span * self.extent_bytes // known.slot_bytes
-        if known.span == 1:
-            more = len(self._returned) * per_run
-            whole = max(0, min(self._extents, self.capacity_bytes // self.extent_bytes) - self._fresh)
-            more += whole * per_run
-            if self._fresh < self._extents:
-                more += (self.capacity_bytes % self.extent_bytes) // known.slot_bytes
-            if self._returned and self._extents - 1 in self._returned and self.capacity_bytes % self.extent_bytes:
-                more += (self.capacity_bytes % self.extent_bytes) // known.slot_bytes - per_run
-            return len(known.free) + more
-        return len(known.free) + sum(self._slots_in(run, known) for run in self._free_runs(known.span))
-
-    def capacity(self, slot_class: int) -> int:
-        """Slots of a class if it had all extents."""
-        known = self._classes[slot_class]
-        whole, rest = divmod(self.capacity_bytes, known.span * self.extent_bytes)
-        return whole * (known.span * self.extent_bytes // known.slot_bytes) + rest // known.slot_bytes
-
-    def extents(self, slot_class: int) -> int:
-        """Extents that a class has taken."""
-        return sum(len(run.extents) for run in self._classes[slot_class].runs.values())
+        self._by_pages: dict[int, int] = {}
+        self._used_bytes = 0
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all allocated slots."""
-        return sum(sum(run.in_use for run in known.runs.values()) * known.slot_bytes for known in self._classes)
+        """Bytes of all allocated slots, without the waste in runs."""
+        return self._used_bytes
 
-    # ---------------------------------------------------------------- extents
+    def slot_class(self, slot_bytes: int) -> int:
+        """The number of the class with slots of this size, made on first use.
 
-    def _free_runs(self, span: int) -> list[range]:
-        """Disjoint runs of `span` contiguous free extents, lowest first; the last one may be cut by the capacity."""
-        runs: list[range] = []
-        start = length = -1
-        for extent in [*sorted(self._returned), *range(self._fresh, self._extents)]:
-            if start >= 0 and extent == start + length:
-                length += 1
-            else:
-                start, length = extent, 1
-            if length == span:
-                runs.append(range(start, extent + 1))
-                start = -1
-        if start >= 0 and start + length == self._extents:
-            runs.append(range(start, self._extents))
-        return runs
+        Raises LayoutError if the size is not a positive multiple of 4096, or exceeds the capacity.
+        """
+        if slot_bytes < PAGE or slot_bytes % PAGE:
+            raise LayoutError(f"slot_bytes {slot_bytes}: must be a positive multiple of {PAGE}")
+        pages = slot_bytes // PAGE
+        if pages > self._pages:
+            raise LayoutError(
+                f"capacity {self.capacity_bytes} bytes cannot hold one slot of {slot_bytes} bytes: "
+                f"it needs at least {slot_bytes}"
+            )
+        if pages not in self._by_pages:
+            run_extents = _run_extents(pages, self._extent_pages)
+            run_slots = run_extents * self._extent_pages // pages
+            count = self._owner.size
+            zeros = np.zeros(count, dtype=np.int64)
+            used = np.zeros((count, run_slots), dtype=bool)
+            self._by_pages[pages] = len(self._classes)
+            self._classes.append(_SlotClass(pages, run_extents, run_slots, used, zeros, zeros.copy()))
+        return self._by_pages[pages]
 
-    def _slots_in(self, extents: range, known: _SlotClass) -> int:
-        end = min(extents.stop * self.extent_bytes, self.capacity_bytes)
-        return (end - extents.start * self.extent_bytes) // known.slot_bytes
+    def clear(self) -> None:
+        """Forget all allocations; classes stay."""
+        self._owner[:] = _COMMON
+        self._used_bytes = 0
+        for kind in self._classes:
+            kind.used[np.flatnonzero(kind.slots)] = False
+            kind.slots[:] = kind.free[:] = 0
 
-    def _grow(self, slot_class: int) -> bool:
-        """Give a class one more run."""
-        known = self._classes[slot_class]
-        self._reclaim(slot_class)
-        if known.span == 1 and self._returned:
-            candidates = [range(self._returned[0], self._returned[0] + 1)]
-        elif known.span == 1:
-            candidates = [range(self._fresh, self._fresh + 1)] if self._fresh < self._extents else []
+    def available(self, slot_class: int) -> int:
+        """How many slots could be allocated now, in the class's own runs and in unassigned extents."""
+        kind = self._class(slot_class)
+        _, full, _, rest = self._gaps(kind)
+        return int(kind.free.sum() + full.sum() * kind.run_slots + rest.sum())
+
+    def capacity(self, slot_class: int) -> int:
+        """How many slots the class would have if all extents were its own."""
+        kind = self._class(slot_class)
+        runs, rest = divmod(self._pages, kind.run_extents * self._extent_pages)
+        return runs * kind.run_slots + rest // kind.pages
+
+    def extents(self, slot_class: int) -> int:
+        """How many extents the class has now."""
+        self._class(slot_class)
+        return int(np.count_nonzero(self._owner == slot_class))
+
+    def allocate(self, slot_class: int, count: int) -> Slots | None:
+        """Take `count` slots: (count,) int64, ascending; the lowest ones of the class's runs, then of new runs.
+
+        Returns None, and changes nothing, when they do not fit. Raises ValueError for a negative count or an
+        unknown class.
+        """
+        kind = self._class(slot_class)
+        if count < 0:
+            raise ValueError(f"count {count}: allocate 0 or more slots")
+        missing = count - int(kind.free.sum())
+        if missing > 0 and not self._grow(slot_class, missing):
+            return None
+        runs = np.flatnonzero(kind.free)
+        runs = runs[: int(np.searchsorted(np.cumsum(kind.free[runs]), count)) + 1]
+        free = ~kind.used[runs] & (np.arange(kind.run_slots) < kind.slots[runs, None])
+        rows, places = np.nonzero(free)
+        rows, places = rows[:count], places[:count]
+        kind.used[runs[rows], places] = True
+        kind.free[runs] -= np.bincount(rows, minlength=runs.size)
+        self._used_bytes += count * kind.pages * PAGE
+        slots: Slots = runs[rows] * self._extent_pages + places * kind.pages
+        return slots
+
+    def free(self, slots: Slots) -> None:
+        """Give slots back, of any classes, in any order. Runs whose slots are all free return to the common pool.
+
+        Raises ValueError, and changes nothing, if one is not an allocated slot or is named twice.
+        """
+        slots = np.asarray(slots)
+        if slots.ndim != 1 or (slots.size and slots.dtype != np.int64):
+            raise ValueError(f"slots are {slots.dtype} {slots.shape}: pass a 1-D int64 array")
+        if not slots.size:
+            return
+        if np.unique(slots).size != slots.size:
+            raise ValueError("slots name a slot twice: free each once")
+        inside = (slots >= 0) & (slots < self._pages)
+        extents = np.where(inside, slots, 0) // self._extent_pages
+        owners = np.where(inside, self._owner[extents], _COMMON)
+        if np.any(owners == _COMMON):
+            raise ValueError(
+                f"slots {slots[owners == _COMMON][:8].tolist()} are not allocated: free what allocate gave"
+            )
+        parts = []
+        for number in np.unique(owners).tolist():
+            kind = self._classes[number]
+            mine = slots[owners == number]
+            runs = self._first[extents[owners == number]]
+            places, beside = np.divmod(mine - runs * self._extent_pages, kind.pages)
+            wrong = (beside != 0) | (places >= kind.slots[runs])
+            wrong |= ~kind.used[runs, np.where(wrong, 0, places)]
+            if wrong.any():
+                raise ValueError(f"slots {mine[wrong][:8].tolist()} are not allocated: free what allocate gave, once")
+            parts.append((number, runs, places))
+        for number, runs, places in parts:
+            kind = self._classes[number]
+            kind.used[runs, places] = False
+            np.add.at(kind.free, runs, 1)
+            self._used_bytes -= runs.size * kind.pages * PAGE
+            self._reclaim(number, np.unique(runs))
+
+    def _class(self, slot_class: int) -> _SlotClass:
+        if not 0 <= slot_class < len(self._classes):
+            raise ValueError(f"slot class {slot_class}: there are {len(self._classes)}; use what slot_class() gave")
+        return self._classes[slot_class]
+
+    def _gaps(self, kind: _SlotClass) -> tuple[_Counts, _Counts, _Counts, _Counts]:
+        """Maximal gaps of unassigned extents, ascending: first extent; how many full runs fit; then, behind
+        those, the first extent of a shorter run and how many slots that would have."""
+        edges = np.diff(np.concatenate(([0], self._owner == _COMMON, [0])).astype(np.int64))
+        starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        pages = np.minimum(stops * self._extent_pages, self._pages) - starts * self._extent_pages
+        full = pages // (kind.run_extents * self._extent_pages)
+        rest = (pages - full * kind.run_extents * self._extent_pages) // kind.pages
+        return starts, full, starts + full * kind.run_extents, rest
+
+    def _grow(self, number: int, missing: int) -> bool:
+        """Take runs for at least `missing` more slots; all or nothing."""
+        kind = self._classes[number]
+        starts, full, rest_starts, rest = self._gaps(kind)
+        wanted = min(-(-missing // kind.run_slots), int(full.sum()))
+        # full runs, lowest first: gap i gives starts[i], starts[i] + run_extents, ...
+        nth = np.arange(int(full.sum())) - np.repeat(np.cumsum(full) - full, full)
+        runs = (np.repeat(starts, full) + nth * kind.run_extents)[:wanted]
+        short_starts, short = rest_starts[rest > 0], rest[rest > 0]
+        missing -= wanted * kind.run_slots
+        if missing > 0:
+            if missing > int(short.sum()):
+                return False
+            take = int(np.searchsorted(np.cumsum(short), missing)) + 1
+            short_starts, short = short_starts[:take], short[:take]
         else:
-            candidates = self._free_runs(known.span)
-        run = next((r for r in candidates if self._slots_in(r, known)), None)
-        if run is None:
-            return False
-        for extent in run:
-            if extent >= self._fresh:
-                self._fresh = extent + 1
-            else:
-                self._returned.remove(extent)
-            self._owner[extent] = (slot_class, run.start)
-        heapq.heapify(self._returned)
-        slots = self._slots_in(run, known)
-        first = run.start * self.extent_bytes // PAGE
-        known.runs[run.start] = _Run(first, run, slots)
-        fresh = first + np.arange(slots - 1, -1, -1, dtype=np.int64) * known.pages
-        known.free = np.concatenate([known.free, fresh])
+            short_starts, short = short_starts[:0], short[:0]
+        kind.slots[runs] = kind.free[runs] = kind.run_slots
+        kind.slots[short_starts] = kind.free[short_starts] = short
+        for first in (runs, short_starts):
+            lengths = -(-kind.slots[first] * kind.pages // self._extent_pages)
+            offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            extents = np.repeat(first, lengths) + offsets
+            self._owner[extents] = number
+            self._first[extents] = np.repeat(first, lengths)
         return True
 
-    def _reclaim(self, wanting: int) -> None:
-        """Take back the empty runs of all other classes."""
-        for number, known in enumerate(self._classes):
-            if number == wanting:
-                continue
-            for start in [s for s, run in known.runs.items() if not run.in_use]:
-                run = known.runs.pop(start)
-                end = run.first_page + len(run.used) * known.pages
-                known.free = known.free[(known.free < run.first_page) | (known.free >= end)]
-                for extent in run.extents:
-                    del self._owner[extent]
-                    heapq.heappush(self._returned, extent)
+    def _reclaim(self, number: int, runs: _Counts) -> None:
+        """Give back those of these runs that are empty."""
+        kind = self._classes[number]
+        empty = runs[kind.free[runs] == kind.slots[runs]]
+        if empty.size:
+            self._owner[(self._owner == number) & np.isin(self._first, empty)] = _COMMON
+            kind.slots[empty] = kind.free[empty] = 0
 
-    def _locate(self, slots: SlotNumbers) -> list[tuple[_Run, npt.NDArray[np.int64]]]:
-        """The runs that slots lie in, with their indices there. Raises ValueError for what is no slot."""
-        found = []
-        extents = slots * PAGE // self.extent_bytes
-        starts = {int(e): self._owner.get(int(e)) for e in np.unique(extents)}
-        if any(owner is None for owner in starts.values()):
-            raise ValueError("a slot lies in no extent that was given out")
-        run_of = np.array([starts[int(e)][1] for e in extents], np.int64)  # type: ignore[index]
-        for start in np.unique(run_of):
-            known = self._classes[self._owner[int(start)][0]]
-            run = known.runs[int(start)]
-            index, rest = np.divmod(slots[run_of == start] - run.first_page, known.pages)
-            if rest.any() or (index >= len(run.used)).any():
-                raise ValueError("a number is not that of a slot")
-            found.append((run, index))
-        return found
+
+def _run_extents(slot_pages: int, extent_pages: int) -> int:
+    """Extents of a full run: see the module's docstring."""
+    fewest = -(-slot_pages // extent_pages)
+    lengths = range(fewest, fewest + _RUN_LENGTHS)
+    waste = [length * extent_pages % slot_pages / (length * extent_pages) for length in lengths]
+    return next((n for n, w in zip(lengths, waste, strict=True) if w <= _MOST_WASTE), lengths[waste.index(min(waste))])

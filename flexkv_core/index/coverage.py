@@ -1,4 +1,4 @@
-"""Coverage rules as arithmetic on arrays: which prefix is supplied, and what a prefix needs. No state."""
+"""Coverage rules over arrays: which prefix can be supplied, and what it needs. No trees, no tiers."""
 
 from __future__ import annotations
 
@@ -9,39 +9,51 @@ import numpy.typing as npt
 
 from flexkv_core.layout import Coverage
 
+BoolArray = npt.NDArray[np.bool_]
 
-def covered_prefix(available: npt.NDArray[np.bool_], coverages: Sequence[Coverage]) -> int:
-    """Return the longest prefix, in blocks, that every group can supply.
+
+def _span(coverage: Coverage, blocks: int) -> int:
+    """How many of the last positions before boundary `blocks` a group needs (an upper bound: cut at 0)."""
+    return {"all": blocks, "window": coverage.blocks, "state": 1}[coverage.kind]
+
+
+def covered_prefix(available: BoolArray, coverages: Sequence[Coverage]) -> int:
+    """The longest prefix that can be supplied.
 
     Args:
-        available: (groups, n) bool, whether a block of a group can be had.
+        available: (groups, n) bool: whether group g's block at position i is to be had.
         coverages: one rule a group.
 
-    A prefix of b blocks needs: of an `all` group the blocks [0, b), of a `window` group the last w of them, of a
-    `state` group block b - 1. The empty prefix needs nothing.
+    Returns:
+        The largest b in 0..n such that every group has the blocks its rule needs: "all" positions [0, b),
+        "window" [max(0, b - w), b), "state" position b - 1. b = 0 needs nothing.
+
+    Raises ValueError if `available` is not (len(coverages), n) bool, or there is no group.
     """
-    blocks = available.shape[1]
-    fine = np.ones(blocks + 1, np.bool_)
-    for row, rule in zip(available, coverages, strict=True):
-        if rule.kind == "all":
-            fine[1:] &= np.logical_and.accumulate(row)
-        elif rule.kind == "state":
-            fine[1:] &= row
-        else:
-            lacking = np.concatenate([[0], np.cumsum(~row)])
-            start = np.maximum(np.arange(1, blocks + 1) - rule.blocks, 0)
-            fine[1:] &= lacking[1:] == lacking[start]
-    return int(np.flatnonzero(fine)[-1])
+    if available.ndim != 2 or available.dtype != np.bool_ or available.shape[0] != len(coverages) or not coverages:
+        raise ValueError(
+            f"available is {available.dtype} {available.shape} for {len(coverages)} coverages: "
+            "pass bool (groups, n) with one coverage for each of at least one group"
+        )
+    boundaries = np.arange(available.shape[1] + 1)
+    supplied = np.ones(boundaries.size, dtype=bool)
+    for row, coverage in zip(available, coverages, strict=True):
+        # run[b]: how many positions just before b are available without a gap
+        gap_end = np.zeros_like(boundaries)
+        gap_end[1:] = np.maximum.accumulate(np.where(row, 0, boundaries[1:]))
+        run = boundaries - gap_end
+        supplied &= run >= np.minimum(_span(coverage, available.shape[1]), boundaries)
+    return int(np.flatnonzero(supplied)[-1])
 
 
-def needed(coverages: Sequence[Coverage], blocks: int) -> npt.NDArray[np.bool_]:
-    """Return (groups, blocks) bool: the blocks that a prefix of `blocks` blocks needs of each group."""
-    wanted = np.zeros((len(coverages), blocks), np.bool_)
-    for row, rule in zip(wanted, coverages, strict=True):
-        if rule.kind == "all":
-            row[:] = True
-        elif rule.kind == "state":
-            row[blocks - 1 :] = True
-        else:
-            row[max(0, blocks - rule.blocks) :] = True
-    return wanted
+def needed(coverages: Sequence[Coverage], blocks: int) -> BoolArray:
+    """(groups, blocks) bool: which positions each group needs to continue after a prefix of `blocks` blocks.
+
+    Raises ValueError if `blocks` is negative.
+    """
+    if blocks < 0:
+        raise ValueError(f"blocks {blocks}: a prefix has 0 or more blocks")
+    need = np.zeros((len(coverages), blocks), dtype=bool)
+    for row, coverage in zip(need, coverages, strict=True):
+        row[max(0, blocks - _span(coverage, blocks)) :] = True
+    return need
