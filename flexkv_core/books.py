@@ -18,7 +18,9 @@ MIB = 1 << 20
 EXTENT_BYTES = 32 * MIB
 STAGING_BYTES = 256 * MIB
 """Host memory of a stack without a cpu tier: blocks pass through it on their way."""
-UNBOUNDED_BYTES = 1 << 62
+UNBOUNDED_BLOCKS = 1 << 26
+"""What a simulation takes for no bound at all: more blocks than a trace of a billion tokens has."""
+SIMULATED_EXTENT_BLOCKS = 1 << 12
 STAGING_NAME = "host"
 
 
@@ -52,7 +54,7 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     hosted = tiers.pop(0) if tiers and tiers[0].hosts else None
     extent = EXTENT_BYTES
     if simulated_slot_bytes is not None:
-        extent = max(1, EXTENT_BYTES // simulated_slot_bytes) * simulated_slot_bytes
+        extent = SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes
     host_bytes = STAGING_BYTES
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
@@ -95,4 +97,4 @@ def _bytes(tier: TierConfig, capacity: Capacity | None, slot_bytes: int | None) 
     if slot_bytes is None:
         text = "unbounded" if capacity.unbounded else f"{capacity.blocks} blocks"
         raise StackConfigError(f"tier {tier.name}: capacity {text!r} is for simulations; write a size, such as 32GiB")
-    return UNBOUNDED_BYTES if capacity.blocks is None else capacity.blocks * slot_bytes
+    return (capacity.blocks or UNBOUNDED_BLOCKS) * slot_bytes
