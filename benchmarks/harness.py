@@ -64,7 +64,7 @@ class Benchmark:
         self._parts.append(function)
         return function
 
-    def compare(  # noqa: PLR0917 - a row reads in this order
+    def compare(
         self,
         name: str,
         params: Mapping[str, object],
@@ -122,9 +122,7 @@ class Benchmark:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the parts, print the table and, with ``--json FILE``, write the rows. Returns the exit status."""
         parser = argparse.ArgumentParser(description=f"FlexKV benchmark: {self.name}")
-        parser.add_argument(
-            "--json", type=Path, metavar="FILE", help="write rows here; others' rows are kept"
-        )
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write rows here; others' rows are kept")
         arguments = parser.parse_args(argv)
         for part in self._parts:
             part(self)

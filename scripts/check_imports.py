@@ -25,22 +25,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
-    ("planner", "tier_link"),
-    ("tier_process",),
+    ("planner", "tier_inline", "tier_process"),
+    ("tier_link",),
+    ("tier_worker",),
     ("tier_wire", "plans"),
     # what is where
     ("presence",),
     ("index",),
-    ("pool", "policies"),
-    # discovery of plug-ins, what a stack says, devices
+    ("pool",),
+    # what a stack says, devices, discovery of plug-ins, policies (which plug-ins may bring)
     ("config", "device", "models"),
-    ("plugins", "testing.faults"),
-    # what a backend's author reads, and its native helpers
-    ("backend",),
+    ("policies", "testing.faults"),
+    ("plugins",),
+    # helpers of bytes, and what a backend's author reads
     ("seal",),
     ("region",),
+    ("backend",),
     # keys, geometry: no I/O
-    ("blocks",),
+    ("blocks", "locks"),
     ("layout",),
     ("errors", "_native", "__init__"),
 )
@@ -69,9 +71,7 @@ def _check_core(root: Path, path: Path) -> list[str]:
     for line, target in _imports(root, path):
         top = target.split(".")[0]
         if top in plug_ins:
-            problems.append(
-                f"{where}:{line}: imports {target}, a plug-in; find it through flexkv_core.plugins"
-            )
+            problems.append(f"{where}:{line}: imports {target}, a plug-in; find it through flexkv_core.plugins")
         if top != CORE:
             continue
         below = _unit(target)
@@ -117,8 +117,9 @@ def _imports(root: Path, path: Path) -> Iterator[tuple[int, str]]:
             if node.level:
                 above = package[: len(package) - node.level + 1]
                 base = ".".join((*above, base) if base else above)
-            for alias in node.names:
-                yield node.lineno, _submodule(root, base, alias.name)
+            yield from (
+                (node.lineno, name) for name in sorted({_submodule(root, base, each.name) for each in node.names})
+            )
 
 
 def _submodule(root: Path, base: str, name: str) -> str:

@@ -92,9 +92,7 @@ class TestBlockKeys:
         previous = whole[cut - 1] if cut else None
         if previous is not None and data.draw(st.booleans()):
             previous = previous.tobytes()
-        rest = block_keys(
-            tokens[cut * block_size :], block_size, ROOT, previous, extras[cut:] if extras else None
-        )
+        rest = block_keys(tokens[cut * block_size :], block_size, ROOT, previous, extras[cut:] if extras else None)
         np.testing.assert_array_equal(rest, whole[cut:])
 
     @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -239,9 +237,7 @@ class TestGrowingKeys:
         block_size=st.integers(1, 20),
         pieces=st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=12),
     )
-    def test_equals_one_call_and_hashes_every_token_once(
-        self, block_size: int, pieces: list[tuple[int, bool]]
-    ) -> None:
+    def test_equals_one_call_and_hashes_every_token_once(self, block_size: int, pieces: list[tuple[int, bool]]) -> None:
         tokens = some_tokens(sum(count for count, _ in pieces))
         growing = GrowingKeys(ROOT, block_size)
         before, at, returned = _native.tokens_hashed(), 0, []
@@ -361,14 +357,11 @@ class TestNamespace:
 
     @given(
         left=st.tuples(st.none() | st.text(max_size=4), st.none() | st.text(max_size=4), st.text(max_size=4)),
-        right=st.tuples(
-            st.none() | st.text(max_size=4), st.none() | st.text(max_size=4), st.text(max_size=4)
-        ),
+        right=st.tuples(st.none() | st.text(max_size=4), st.none() | st.text(max_size=4), st.text(max_size=4)),
     )
     def test_texts_do_not_run_into_each_other(self, left: Any, right: Any) -> None:
         roots = [
-            dataclasses.replace(PLAIN, lora=lora, salt=salt, engine=engine).root
-            for lora, salt, engine in (left, right)
+            dataclasses.replace(PLAIN, lora=lora, salt=salt, engine=engine).root for lora, salt, engine in (left, right)
         ]
         assert (roots[0] == roots[1]) == (left == right)
 
@@ -420,12 +413,8 @@ class TestNamespace:
 
 
 class TestMultimodalExtra:
-    @given(
-        st.lists(st.binary(min_size=1, max_size=4), max_size=4), st.lists(st.binary(min_size=1), max_size=4)
-    )
-    def test_joined_identities_do_not_run_into_each_other(
-        self, left: list[bytes], right: list[bytes]
-    ) -> None:
+    @given(st.lists(st.binary(min_size=1, max_size=4), max_size=4), st.lists(st.binary(min_size=1), max_size=4))
+    def test_joined_identities_do_not_run_into_each_other(self, left: list[bytes], right: list[bytes]) -> None:
         joined = [b"".join(map(multimodal_extra, identities)) for identities in (left, right)]
         assert (joined[0] == joined[1]) == (left == right)
 
