@@ -41,7 +41,7 @@ def test_no_name_is_in_two_layers() -> None:
         ("layout", "from . import manager", "layout imports flexkv_core.manager"),
         ("layout", "def f():\n    import flexkv_core.cli.main", "layout imports flexkv_core.cli.main"),
         ("index__tree", "from ..planner import Planner", "index imports flexkv_core.planner"),
-        ("pool", "from flexkv_core.policies import lru", "pool imports flexkv_core.policies"),
+        ("manager", "from flexkv_core.simulate import run", "manager imports flexkv_core.simulate"),
         ("tier_process", "from flexkv_core.testing import BackendConformance", "imports flexkv_core.testing"),
         ("plugins", "from flexkv_core.nowhere import x", "flexkv_core.nowhere is in no layer; add it"),
         ("novelty", "x = 1", "flexkv_core.novelty is in no layer; add it to LAYERS"),
