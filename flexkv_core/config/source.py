@@ -111,8 +111,8 @@ def read_source(source: str | Path | Mapping[str, Any]) -> Source:
 
 def read_text(text: str, name: str) -> Source:
     """Read YAML text; `name` stands for the file in messages. Raises StackConfigError as `read_source`."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
                 mark = token.start_mark
@@ -125,8 +125,11 @@ def read_text(text: str, name: str) -> Source:
         position = Position(found.line + 1, found.column + 1) if found else None
         problem = f"is not valid YAML: {error.problem or error.context}"
         raise located(name, position, "", None, problem) from error
-    except yaml.YAMLError as error:
-        raise located(name, None, "", None, f"is not valid YAML: {error}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        problem = f"has the character {text[error.position]!r}, which YAML does not allow"
+        raise located(name, Position(line, column), "", None, problem) from error
     except RecursionError:
         raise located(name, None, "", None, f"is nested more than {MAX_DEPTH} deep") from None
     source = Source(name, None)

@@ -186,6 +186,8 @@ def _translated(source: Source, path: Path_, found: Any, known: list[str]) -> Ex
         where = where[:-1]  # pydantic adds steps for union members
     kind = found["type"]
     if kind == "extra_forbidden":
+        if where[len(path) :][0] == "faults":
+            known = list(FaultConfig.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         return source.error(where, f"unknown key {where[-1]!r}: {hint}", at_key=True)
