@@ -1,99 +1,118 @@
-"""Eviction policies: what makes one copy go before another. Registered by name.
+"""Eviction policies by name: what makes one copy go before another, and how third parties add their own.
 
-A policy sees one copy at a time and keeps a small immutable state for it. The index asks `order` and evicts,
-among the copies that may go (leaf first, unpinned), the one that compares lowest. It never scans: it keeps its
-candidates in a heap and asks again only when a copy's state has changed.
+Built-in policies are native (`native/index/policy.hpp`), and once more in Python for the reference index
+(`reference.py`). A third party's policy is a Python class: a distribution with an entry point in the group
+`flexkv.policies` whose value makes a `Policy`, or a call of `register_policy`. It runs at Python's speed, inside the
+index, under its lock.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Protocol
 
 from flexkv_core.errors import PolicyError
 
+POLICY_ENTRY_POINTS = "flexkv.policies"
+BUILT_IN = ("lru", "lfu", "slru", "fifo", "mru", "filo", "s3fifo")
+
 
 class Policy(Protocol):
-    """What a third party's policy implements. `now` is a logical clock that only grows."""
+    """What a third party's policy implements. States and orders are integers of 64 bits, signed.
 
-    def insert(self, now: int) -> Any:
+    `now` is a logical clock that only grows; all copies that one request inserts or hits have the same. Of copies
+    with equal orders the deeper one goes first. An exception counts as order 0, or leaves the state as it is; it
+    is reported, and never reaches an engine. Calls of the index from within are refused.
+    """
+
+    def insert(self, now: int) -> int:
         """The state of a copy that has just come in."""
 
-    def hit(self, state: Any, now: int) -> Any:
+    def hit(self, state: int, now: int) -> int:
         """The state after a hit."""
 
-    def order(self, state: Any) -> Any:
+    def order(self, state: int) -> int:
         """A value that compares with those of all other copies; the lowest is evicted first."""
 
 
-class _Lru:
-    """Least recently used: the copy whose last hit is longest ago."""
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """A tier's eviction policy with its options.
 
-    def insert(self, now: int) -> int:
-        return now
+    Attributes:
+        policy: a name of `policy_names()`.
+        hit_reward_seconds: lru only: each hit moves the last access this much further into the future, from now
+            or from where earlier rewards have moved it, whichever is later.
+        slru_protected_threshold: slru only: hits that make a copy protected; unprotected ones go first.
+    """
 
-    def hit(self, state: int, now: int) -> int:
-        return now
+    policy: str = "lru"
+    hit_reward_seconds: float = 0.0
+    slru_protected_threshold: int = 2
 
-    def order(self, state: int) -> int:
-        return state
+    def __post_init__(self) -> None:
+        if not 0 <= self.hit_reward_seconds <= 1e9:
+            raise PolicyError(f"hit_reward_seconds {self.hit_reward_seconds}: must be from 0 to 1e9")
+        if not 1 <= self.slru_protected_threshold <= 1 << 20:
+            raise PolicyError(f"slru_protected_threshold {self.slru_protected_threshold}: must be from 1 to {1 << 20}")
 
-
-class _Mru(_Lru):
-    """Most recently used first."""
-
-    def order(self, state: int) -> int:
-        return -state
-
-
-class _Fifo(_Lru):
-    """First in, first out: hits do not matter."""
-
-    def hit(self, state: int, now: int) -> int:
-        return state
-
-
-class _Filo(_Fifo):
-    """Last in, first out."""
-
-    def order(self, state: int) -> int:
-        return -state
+    @property
+    def reward_ticks(self) -> int:
+        """`hit_reward_seconds` in ticks of a microsecond."""
+        return round(self.hit_reward_seconds * 1e6)
 
 
-class _Lfu:
-    """Least frequently used; among equals the least recently used. The state is (uses, last use)."""
-
-    def insert(self, now: int) -> tuple[int, int]:
-        return 1, now
-
-    def hit(self, state: tuple[int, int], now: int) -> tuple[int, int]:
-        return state[0] + 1, now
-
-    def order(self, state: tuple[int, int]) -> tuple[int, int]:
-        return state
-
-
-_POLICIES: dict[str, Callable[[], Policy]] = {"lru": _Lru, "mru": _Mru, "fifo": _Fifo, "filo": _Filo, "lfu": _Lfu}
+_registered: dict[str, Callable[[], Policy]] = {}
 
 
 def policy_names() -> list[str]:
-    """Names that `make_policy` knows, sorted."""
-    return sorted(_POLICIES)
+    """Names that a stack's `eviction:` may have, sorted."""
+    return sorted({*BUILT_IN, *_registered, *(entry.name for entry in _entry_points())})
 
 
 def register_policy(name: str, factory: Callable[[], Policy]) -> None:
     """Make a third party's policy known by name. Raises PolicyError if the name is taken."""
-    if name in _POLICIES:
+    if name in policy_names():
         raise PolicyError(f"eviction policy {name!r} is registered already: choose another name")
-    _POLICIES[name] = factory
+    _registered[name] = factory
 
 
-def make_policy(name: str) -> Policy:
-    """A new policy of that name. Raises PolicyError naming the nearest known one."""
-    factory = _POLICIES.get(name)
-    if factory is None:
-        near = difflib.get_close_matches(name, _POLICIES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known ones are {', '.join(policy_names())}"
+def check_policy(name: str) -> str:
+    """Return the name if there is such a policy. Raises PolicyError naming the nearest known one."""
+    known = policy_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known ones are {', '.join(known)}"
         raise PolicyError(f"eviction {name!r} is not a known policy: {hint}")
-    return factory()
+    return name
+
+
+def make_custom(name: str) -> Policy | None:
+    """A new instance of a third party's policy; None for a built-in one.
+
+    Raises PolicyError if there is none of that name, or it cannot be made; the text names what provides it.
+    """
+    if name in BUILT_IN:
+        return None
+    check_policy(name)
+    where = f"eviction policy {name!r}"
+    try:
+        factory = _registered.get(name)
+        if factory is None:
+            entry = next(entry for entry in _entry_points() if entry.name == name)
+            where = f"eviction policy {name!r} of {entry.dist.name if entry.dist else 'unknown'}"
+            factory = entry.load()
+        made = factory()
+    except Exception as error:
+        raise PolicyError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
+    missing = [method for method in ("insert", "hit", "order") if not callable(getattr(made, method, None))]
+    if missing:
+        raise PolicyError(f"{where} has no method {', '.join(missing)}: see flexkv_core.policies.Policy")
+    return made
+
+
+def _entry_points() -> list[metadata.EntryPoint]:
+    return list(metadata.entry_points(group=POLICY_ENTRY_POINTS))
