@@ -39,7 +39,7 @@ class Space:
     root: bytes
     rules: list[GroupRule]
     retired: bool = False
-    paths: deque[Path] = field(default_factory=lambda: deque(maxlen=30))
+    paths: deque[Path] = field(default_factory=deque)
 
     def keys(self, path: Path) -> np.ndarray:
         return block_keys(np.array(path, np.int32), 1, self.root)
@@ -74,6 +74,9 @@ class Pair:
         self.pins: Counter[tuple[bytes, bytes, int, int]] = Counter()  # (root, key, tier, group)
         self.pending: list[Piece] = []
         self.made = 0
+        self.known_paths = dice.choice((3, 8, 30))  # few: the same blocks leave and come back
+        moods = [weight * dice.choice((0.3, 1, 1, 3)) for weight in WEIGHTS.values()]
+        self.moods = dict(zip(WEIGHTS, moods, strict=True))
         self.new_namespace(dice)
 
     # ---------------------------------------------------------------- comparison
@@ -232,7 +235,9 @@ class Pair:
     def touch(self, dice: Random) -> None:
         space = self.space(dice)
         path = self.path(dice, space)
-        self.call("touch", space.root, space.keys(path if dice.random() < 0.5 else path[: dice.randint(0, len(path))]))
+        part = path if dice.random() < 0.5 else path[: dice.randint(0, len(path))]
+        for _ in range(dice.choice((1, 1, 1, 3, 4))):
+            self.call("touch", space.root, space.keys(part))
 
     def copies(self, dice: Random) -> None:
         space = self.space(dice)
@@ -339,7 +344,7 @@ class Pair:
     # ---------------------------------------------------------------- namespaces
 
     def new_namespace(self, dice: Random) -> None:
-        if len(self.spaces) >= 4:
+        if sum(not each.retired for each in self.spaces) >= 3:
             known = dice.choice(self.spaces)  # again, with the same groups or with others
             rules = [*known.rules, GroupRule()] if dice.random() < 0.5 else list(known.rules)
             error = self.call("add_namespace", known.root, rules)
@@ -352,7 +357,7 @@ class Pair:
             classes = tuple(dice.randrange(2) for _ in range(self.tiers))
             rules.append(GroupRule(dice.choice(COVERAGES), classes if dice.random() < 0.4 else classes[0]))
         self.good("add_namespace", root, rules)
-        self.spaces.append(Space(root, rules))
+        self.spaces.append(Space(root, rules, paths=deque(maxlen=self.known_paths)))
 
     def retire_namespace(self, dice: Random) -> None:
         space = self.space(dice)
@@ -443,6 +448,22 @@ class Pair:
             ]
         )
 
+    def recover_contradictions(self, dice: Random) -> None:
+        """Records of positions that there are, with another parent or another depth: none may be taken."""
+        space = dice.choice(self.spaces)
+        known = self.good("copies", space.root, *self.column(dice, space))
+        if space.retired or not len(known.keys):
+            return
+        chosen = dice.sample(range(len(known.keys)), min(3, len(known.keys)))
+        keys, parents, depths = known.keys[chosen], known.parents[chosen], known.depths[chosen]
+        if dice.random() < 0.5:
+            depths = depths + dice.choice((1, 2, 1 << 20))
+        else:
+            parents = dice.choice((keys, np.zeros_like(keys)))
+        slots = np.array([self.slot(dice) for _ in chosen], np.int64)
+        mask = self.good("recover", space.root, *self.column(dice, space), keys, parents, depths, slots)
+        assert not mask.any()
+
     # ---------------------------------------------------------------- bad arguments
 
     def bad_arguments(self, dice: Random) -> None:
@@ -528,6 +549,7 @@ WEIGHTS = {
     "new_namespace": 2,
     "retire_namespace": 0.7,
     "recover": 9,
+    "recover_contradictions": 1,
     "end_recovery": 1,
     "bad_arguments": 2,
 }

@@ -102,14 +102,14 @@ def test_random_steps(left: MakeIndex, right: MakeIndex) -> None:
     """Worlds of some steps each, with fresh indexes; drained one by one at the end."""
     steps, done, number = round(STEPS * (1 - HYPOTHESIS_SHARE)), 0, 0
     taken: Counter[str] = Counter()
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
     print(f"FLEXKV_SEED={SEED}")
     while done < steps:
         stack = list(STACKS)[number % len(STACKS)]
         dice = random.Random(f"{SEED} {number}")
         pair = Pair(left, right, STACKS[stack], dice)
         try:
-            for operation in dice.choices(names, weights, k=min(dice.choice(WORLD_STEPS), steps - done)):
+            length = min(dice.choice(WORLD_STEPS), steps - done)
+            for operation in dice.choices(list(pair.moods), list(pair.moods.values()), k=length):
                 pair.step(operation, dice)
                 done += 1
             pair.drain()
@@ -160,7 +160,7 @@ def machine(left: MakeIndex, right: MakeIndex, stack: list[str | Eviction], take
 @pytest.mark.parametrize(("left", "right"), PAIRS)
 def test_hypothesis_steps(left: MakeIndex, right: MakeIndex, stack: str) -> None:
     """Fewer steps, but failures come out small."""
-    examples = max(1, round(STEPS * HYPOTHESIS_SHARE / len(STACKS) / HYPOTHESIS_STEPS))
+    examples = max(8, round(STEPS * HYPOTHESIS_SHARE / len(STACKS) / HYPOTHESIS_STEPS))
     taken: Counter[str] = Counter()
     print(f"FLEXKV_SEED={SEED}")
     made = seed(SEED + list(STACKS).index(stack))(machine(left, right, STACKS[stack], taken))
