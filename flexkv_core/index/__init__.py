@@ -25,6 +25,8 @@ NO_TIER = 255
 NO_SLOT = -1
 MAX_SLOT = (1 << 40) - 2
 """Slots are 40-bit: in pages of 4 KiB, 4 PiB a tier."""
+MAX_DEPTH = (1 << 31) - 2
+"""The deepest position."""
 
 Keys = npt.NDArray[np.uint8]
 """(n, 32) uint8, C-contiguous: chained block keys."""
@@ -184,7 +186,7 @@ class Index(Protocol):
         A copy whose parent has no place in the tree is kept as an orphan: it matches nothing, is evicted first, and
         joins the tree when its parent appears. Not taken over, and False in the mask that is returned: a position that
         already has a copy in that column, or whose depth contradicts its parent's. May be called piece by piece; call
-        `end_recovery` after the last one. ValueError for arrays of other shapes, negative depths, or a slot
+        `end_recovery` after the last one. ValueError for arrays of other shapes, depths outside 0..MAX_DEPTH, or a slot
         outside 0..MAX_SLOT; nothing changes then.
         """
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.errors import LayoutError, StateError, UnknownNamespaceError
-from flexkv_core.index import NO_SLOT, NO_TIER, Copies, Evicted, GroupRule, Keys, Match, Removed, Slots
+from flexkv_core.index import MAX_DEPTH, NO_SLOT, NO_TIER, Copies, Evicted, GroupRule, Keys, Match, Removed, Slots
 from flexkv_core.index import arguments as check
 from flexkv_core.index.coverage import covered_prefix
 from flexkv_core.index.reference_tree import Column, Copy, Node, Tree, count_branch, restrand, subtree
@@ -35,7 +35,7 @@ from flexkv_core.policies.reference import MAIN, SMALL, Block, Custom, S3Fifo, m
 
 RETIRED, STRANDED, LIVE = 0, 1, 2
 _FIRST = 0  # the queue of S3-FIFO's retired and stranded copies, and the only one of other policies
-_NEVER = 1 << 62
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -228,7 +228,7 @@ class ReferenceIndex:
         check.check_keys(parents, "parents")
         if len(parents) != len(keys):
             raise ValueError(f"{len(parents)} parents for {len(keys)} keys: give one each")
-        check.check_integers(depths, len(keys), 0, _NEVER, "depths")
+        check.check_integers(depths, len(keys), 0, MAX_DEPTH, "depths")
         check.check_slots(slots, len(keys), lowest=0)
         self._tick += 1
         taken = np.zeros(len(keys), np.bool_)

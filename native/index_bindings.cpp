@@ -1,0 +1,512 @@
+// The index for Python: arguments, arrays, the lock. flexkv_core/index/native.py puts the finishing touches.
+//
+// The lock is taken with the GIL held and only ever waited for without it: a thread that waits stops nobody.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "bindings.hpp"
+#include "index/index.hpp"
+
+namespace nb = nanobind;
+
+namespace flexkv {
+namespace {
+
+using namespace flexkv::index;
+
+[[noreturn]] void raise(const char* type, const std::string& text) {
+  nb::object kind = nb::module_::import_("flexkv_core.errors").attr(type);
+  PyErr_SetString(kind.ptr(), text.c_str());
+  throw nb::python_error();
+}
+
+std::string name_of_type(nb::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+// A third party's policy. An exception counts as 0, or as no change, and is reported.
+class PythonPolicy final : public CustomPolicy {
+ public:
+  PythonPolicy(nb::object policy, std::atomic<std::thread::id>& running) : policy_(policy), running_(running) {}
+
+  int64_t insert(int64_t now) override {
+    return ask(0, [&] { return policy_.attr("insert")(now); });
+  }
+  int64_t hit(int64_t state, int64_t now) override {
+    return ask(state, [&] { return policy_.attr("hit")(state, now); });
+  }
+  int64_t order(int64_t state) override {
+    return ask(0, [&] { return policy_.attr("order")(state); });
+  }
+
+ private:
+  template <class Call>
+  int64_t ask(int64_t otherwise, Call call) {
+    running_ = std::this_thread::get_id();
+    try {
+      nb::object answer = nb::steal(PyNumber_Index(call().ptr()));
+      const long long value = answer.is_valid() ? PyLong_AsLongLong(answer.ptr()) : 0;
+      if (PyErr_Occurred()) throw nb::python_error();
+      otherwise = value;
+    } catch (nb::python_error& error) {
+      error.restore();
+      PyErr_WriteUnraisable(policy_.ptr());
+    }
+    running_ = std::thread::id();
+    return otherwise;
+  }
+
+  nb::object policy_;
+  std::atomic<std::thread::id>& running_;
+};
+
+// A read-only look at an array's bytes.
+class View {
+ public:
+  explicit View(nb::handle array) {  // holds a reference to the array
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0) throw nb::python_error();
+  }
+  ~View() { PyBuffer_Release(&view_); }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  int dimensions() const { return view_.ndim; }
+  Py_ssize_t size(int axis) const { return view_.shape[axis]; }
+  bool holds(char code) const {
+    return view_.format != nullptr && view_.format[0] == code && view_.format[1] == '\0';
+  }
+  bool holds_int64() const { return view_.itemsize == 8 && (holds('l') || holds('q')); }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(view_.buf);
+  }
+
+ private:
+  Py_buffer view_;
+};
+
+struct NumPy {
+  nb::object module = nb::module_::import_("numpy");
+  nb::object array = module.attr("ndarray");
+  nb::object empty = module.attr("empty");
+  nb::object zeros = module.attr("zeros");
+  nb::object contiguous = module.attr("ascontiguousarray");
+  nb::object uint8 = module.attr("dtype")("uint8");
+  nb::object int64 = module.attr("dtype")("int64");
+  nb::object boolean = module.attr("dtype")("bool");
+
+  template <class T>
+  static T* data(nb::handle made) {
+    return View(made).data<T>();
+  }
+  template <class T>
+  nb::object copy(const std::vector<T>& values, nb::handle dtype, size_t width = 0) const {
+    nb::object made = width == 0 ? empty(values.size(), dtype)
+                                 : empty(nb::make_tuple(values.size() / width, width), dtype);
+    if (!values.empty()) std::memcpy(data<T>(made), values.data(), values.size() * sizeof(T));
+    return made;
+  }
+};
+
+class PyIndex {
+ public:
+  using PolicyArguments = std::tuple<std::string, uint64_t, uint32_t, nb::object>;
+
+  PyIndex(uint32_t tiers, const std::vector<PolicyArguments>& policies) : index_(tiers, made(policies)) {
+    nb::object types = nb::module_::import_("flexkv_core.index");
+    match_ = types.attr("Match");
+    evicted_ = types.attr("Evicted");
+    removed_ = types.attr("Removed");
+    copies_ = types.attr("Copies");
+  }
+
+  void advance(int64_t tick) {
+    Guard guard(*this);
+    if (tick > 0) index_.advance(uint64_t(tick));
+  }
+
+  void add_namespace(nb::handle root,
+                     const std::vector<std::tuple<std::string, uint32_t, std::vector<uint32_t>>>& groups) {
+    std::vector<Rule> rules;
+    for (const auto& [coverage, window, classes] : groups) {
+      rules.push_back({coverage == "all"      ? Coverage::kAll
+                       : coverage == "window" ? Coverage::kWindow
+                                              : Coverage::kState,
+                       window, classes});
+    }
+    Guard guard(*this);
+    translate([&] { index_.add_namespace(root_of(root), std::move(rules)); });
+  }
+
+  void retire_namespace(nb::handle root) {
+    Guard guard(*this);
+    translate([&] { index_.retire_namespace(root_of(root)); });
+  }
+
+  bool has_namespace(nb::handle root) {
+    Guard guard(*this);
+    return index_.has_namespace(root_of(root));
+  }
+
+  nb::object match(nb::handle root, nb::object keys) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    Index::Walked walked{};
+    translate([&] { walked = index_.match(name, view.data(), view.count()); });
+    const nb::object shape = nb::make_tuple(walked.groups, walked.known);
+    nb::object tiers = numpy_.empty(shape, numpy_.uint8), slots = numpy_.empty(shape, numpy_.int64);
+    uint32_t blocks = 0;
+    if (walked.known != 0) blocks = index_.fill(walked, NumPy::data<uint8_t>(tiers), NumPy::data<int64_t>(slots));
+    return named(match_, nb::make_tuple(blocks, tiers, slots));
+  }
+
+  nb::object residency(nb::handle root, nb::object keys, int64_t tier, int64_t group) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    nb::object slots = numpy_.empty(view.count(), numpy_.int64);
+    translate([&] {
+      index_.residency(name, view.data(), view.count(), unsigned_of(tier), unsigned_of(group),
+                       NumPy::data<int64_t>(slots));
+    });
+    return slots;
+  }
+
+  void touch(nb::handle root, nb::object keys) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    translate([&] { index_.touch(name, view.data(), view.count()); });
+  }
+
+  nb::object insert(nb::handle root, nb::object keys, int64_t tier, int64_t group, nb::object slots) {
+    Guard guard(*this);
+    const std::string name = live(root);
+    Keys view(*this, keys, "keys");
+    column(name, tier, group);
+    const View values = integers(slots, view.count(), "slots");
+    nb::object taken = numpy_.zeros(view.count(), numpy_.boolean);
+    translate([&] {
+      index_.insert(name, view.data(), view.count(), uint32_t(tier), uint32_t(group), values.data<int64_t>(),
+                    NumPy::data<uint8_t>(taken));
+    });
+    return taken;
+  }
+
+  nb::object remove(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    column(name, tier, group);
+    range(start, stop, view.count());
+    nb::object slots = numpy_.empty(stop - start, numpy_.int64);
+    translate([&] {
+      index_.remove(name, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop),
+                    NumPy::data<int64_t>(slots));
+    });
+    return slots;
+  }
+
+  nb::object remove_subtree(nb::handle root, nb::object keys) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    Forest::RemovedRows rows;
+    translate([&] { rows = index_.remove_subtree(name, view.data(), view.count()); });
+    return named(removed_, nb::make_tuple(numpy_.copy(rows.tiers, numpy_.uint8),
+                                          numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
+                                          numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
+  }
+
+  void pin(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop) {
+    change_pins(root, keys, tier, group, start, stop, &Index::pin);
+  }
+  void unpin(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop) {
+    change_pins(root, keys, tier, group, start, stop, &Index::unpin);
+  }
+
+  nb::object evict(int64_t tier, int64_t count, int64_t slot_class) {
+    Guard guard(*this);
+    translate([&] { index_.count(unsigned_of(tier)); });
+    if (count < 0) throw nb::value_error(("count " + std::to_string(count) + ": must be 0 or more").c_str());
+    EvictedRows rows;
+    bool done = false;
+    translate([&] { done = index_.evict(uint32_t(tier), uint64_t(count), unsigned_of(slot_class), rows); });
+    if (!done) return nb::none();
+    return named(evicted_, nb::make_tuple(numpy_.copy(rows.roots, numpy_.uint8, kKeyBytes),
+                                          numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
+                                          numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
+  }
+
+  nb::object recover(nb::handle root, int64_t tier, int64_t group, nb::object keys, nb::object parents,
+                     nb::object depths, nb::object slots) {
+    Guard guard(*this);
+    const std::string name = live(root);
+    Keys view(*this, keys, "keys"), above(*this, parents, "parents");
+    column(name, tier, group);
+    if (above.count() != view.count()) {
+      throw nb::value_error((std::to_string(above.count()) + " parents for " + std::to_string(view.count()) +
+                             " keys: give one each").c_str());
+    }
+    const View depth_view = integers(depths, view.count(), "depths"), slot_view = integers(slots, view.count(), "slots");
+    nb::object taken = numpy_.zeros(view.count(), numpy_.boolean);
+    uint8_t* out = NumPy::data<uint8_t>(taken);
+    translate([&] {
+      std::optional<nb::gil_scoped_release> release;
+      if (customs_.empty()) release.emplace();
+      index_.recover(name, uint32_t(tier), uint32_t(group), view.count(), view.data(), above.data(),
+                     depth_view.data<int64_t>(), slot_view.data<int64_t>(), out);
+    });
+    return taken;
+  }
+
+  void end_recovery() {
+    Guard guard(*this);
+    index_.end_recovery();
+  }
+
+  void drop_tier(int64_t tier) {
+    Guard guard(*this);
+    translate([&] {
+      std::optional<nb::gil_scoped_release> release;
+      if (customs_.empty()) release.emplace();
+      index_.drop_tier(unsigned_of(tier));
+    });
+  }
+
+  uint64_t count(int64_t tier) {
+    Guard guard(*this);
+    uint64_t copies = 0;
+    translate([&] { copies = index_.count(unsigned_of(tier)); });
+    return copies;
+  }
+
+  nb::object copies(nb::handle root, int64_t tier, int64_t group) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Forest::CopyRows rows;
+    translate([&] {
+      nb::gil_scoped_release release;
+      rows = index_.copies(name, unsigned_of(tier), unsigned_of(group));
+    });
+    return named(copies_, nb::make_tuple(numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
+                                         numpy_.copy(rows.parents, numpy_.uint8, kKeyBytes),
+                                         numpy_.copy(rows.depths, numpy_.int64), numpy_.copy(rows.slots, numpy_.int64)));
+  }
+
+  nb::dict statistics() {
+    Guard guard(*this);
+    const Statistics found = index_.statistics();
+    nb::dict all;
+    all["namespaces"] = found.namespaces;
+    all["positions"] = found.positions;
+    all["orphans"] = found.orphans;
+    all["copies"] = found.copies;
+    all["pinned"] = found.pinned;
+    all["visited"] = found.visited;
+    all["nodes"] = found.nodes;
+    all["memory_bytes"] = found.memory_bytes;
+    return all;
+  }
+
+ private:
+  class Guard {
+   public:
+    explicit Guard(PyIndex& owner) : mutex_(owner.mutex_) {
+      if (owner.running_.load() == std::this_thread::get_id()) {
+        raise("StateError", "the index was called by an eviction policy, from within the index");
+      }
+      if (mutex_.try_lock()) return;
+      nb::gil_scoped_release release;
+      mutex_.lock();
+    }
+    ~Guard() { mutex_.unlock(); }
+
+   private:
+    std::mutex& mutex_;
+  };
+
+  class Keys {
+   public:
+    Keys(const PyIndex& owner, nb::object keys, const char* name) : view_(checked(owner, keys, name)) {
+      if (!view_.holds('B')) raise("KeyTypeError", std::string(name) + " are of another dtype: pass a uint8 array (n, 32)");
+      if (view_.dimensions() != 2 || view_.size(1) != Py_ssize_t(kKeyBytes)) {
+        raise("KeyInputError", std::string(name) + " have another shape: pass (n, 32)");
+      }
+      if (view_.size(0) > Py_ssize_t(GroupState::kNoHole - 1)) raise("KeyInputError", std::string(name) + " are too many");
+    }
+    const uint8_t* data() const { return view_.data<uint8_t>(); }
+    uint32_t count() const { return uint32_t(view_.size(0)); }
+
+   private:
+    nb::handle checked(const PyIndex& owner, nb::object keys, const char* name) {
+      if (PyObject_IsInstance(keys.ptr(), owner.numpy_.array.ptr()) != 1) {
+        raise("KeyTypeError", std::string(name) + " are " + name_of_type(keys) + ": pass a uint8 array (n, 32)");
+      }
+      held_ = owner.contiguous_of(keys);
+      return held_;
+    }
+    nb::object held_;
+    View view_;
+  };
+
+  std::vector<Policy> made(const std::vector<PolicyArguments>& policies) {
+    static const std::pair<const char*, Policy::Kind> kKinds[] = {
+        {"lru", Policy::Kind::kLru},   {"lfu", Policy::Kind::kLfu},   {"slru", Policy::Kind::kSlru},
+        {"fifo", Policy::Kind::kFifo}, {"mru", Policy::Kind::kMru},   {"filo", Policy::Kind::kFilo},
+        {"s3fifo", Policy::Kind::kS3Fifo}};
+    std::vector<Policy> all;
+    for (const auto& [name, reward, threshold, custom] : policies) {
+      Policy policy;
+      policy.kind = Policy::Kind::kCustom;
+      for (const auto& [known, kind] : kKinds) {
+        if (name == known) policy.kind = kind;
+      }
+      policy.reward = reward;
+      policy.threshold = threshold;
+      if (policy.kind == Policy::Kind::kCustom) {
+        customs_.push_back(std::make_unique<PythonPolicy>(custom, running_));
+        policy.custom = customs_.back().get();
+      }
+      all.push_back(policy);
+    }
+    return all;
+  }
+
+  static std::string root_of(nb::handle root) {
+    if (!PyBytes_Check(root.ptr())) raise("KeyTypeError", "root is " + name_of_type(root) + ": pass bytes");
+    if (PyBytes_GET_SIZE(root.ptr()) != Py_ssize_t(kKeyBytes)) {
+      raise("KeyInputError", "root has " + std::to_string(PyBytes_GET_SIZE(root.ptr())) + " bytes: pass 32");
+    }
+    return {PyBytes_AS_STRING(root.ptr()), kKeyBytes};
+  }
+
+  std::string known(nb::handle root) {
+    std::string name = root_of(root);
+    translate([&] { index_.check_namespace(name, false); });
+    return name;
+  }
+  std::string live(nb::handle root) {
+    std::string name = root_of(root);
+    translate([&] { index_.check_namespace(name, true); });
+    return name;
+  }
+
+  void column(const std::string& name, int64_t tier, int64_t group) {
+    translate([&] { index_.check_column(name, unsigned_of(tier), unsigned_of(group)); });
+  }
+
+  static void range(int64_t start, int64_t stop, int64_t keys) {
+    if (0 <= start && start <= stop && stop <= keys) return;
+    throw nb::value_error(("positions [" + std::to_string(start) + ", " + std::to_string(stop) + ") of " +
+                           std::to_string(keys) + " keys: 0 <= start <= stop <= " + std::to_string(keys) + " must hold").c_str());
+  }
+
+  View integers(nb::handle values, uint32_t count, const char* name) const {
+    const std::string fix = ": pass int64 (" + std::to_string(count) + ",)";
+    if (PyObject_IsInstance(values.ptr(), numpy_.array.ptr()) != 1) {
+      throw nb::value_error((std::string(name) + " are " + name_of_type(values) + fix).c_str());
+    }
+    nb::object held = contiguous_of(values);
+    {
+      const View view(held);
+      if (!view.holds_int64() || view.dimensions() != 1 || view.size(0) != Py_ssize_t(count)) {
+        throw nb::value_error((std::string(name) + " are of another dtype or shape" + fix).c_str());
+      }
+    }
+    return View(held);
+  }
+
+  // The array itself, unless its elements do not lie one behind the other.
+  nb::object contiguous_of(nb::handle array) const {
+    Py_buffer probe;
+    if (PyObject_GetBuffer(array.ptr(), &probe, PyBUF_FORMAT | PyBUF_STRIDES) != 0) throw nb::python_error();
+    const bool is = PyBuffer_IsContiguous(&probe, 'C') != 0;
+    PyBuffer_Release(&probe);
+    return is ? nb::borrow(array) : numpy_.contiguous(array);
+  }
+
+  // Negative numbers of tiers, groups and classes are out of every range.
+  static uint32_t unsigned_of(int64_t number) {
+    return number < 0 || number >= int64_t(kNone) ? kNone : uint32_t(number);
+  }
+
+  void change_pins(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop,
+                   void (Index::*change)(const std::string&, const uint8_t*, uint32_t, uint32_t, uint32_t, uint32_t)) {
+    Guard guard(*this);
+    const std::string name = known(root);
+    Keys view(*this, keys, "keys");
+    column(name, tier, group);
+    range(start, stop, view.count());
+    translate([&] {
+      (index_.*change)(name, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop));
+    });
+  }
+
+  // An instance of a named tuple, without its Python constructor.
+  static nb::object named(nb::handle type, nb::object values) {
+    nb::object arguments = nb::make_tuple(values);
+    PyObject* made = PyTuple_Type.tp_new(reinterpret_cast<PyTypeObject*>(type.ptr()), arguments.ptr(), nullptr);
+    if (made == nullptr) throw nb::python_error();
+    return nb::steal(made);
+  }
+
+  template <class Act>
+  static void translate(Act act) {
+    try {
+      act();
+    } catch (const ArgumentError& error) {
+      throw nb::value_error(error.what());
+    } catch (const UnknownNamespace& error) {
+      raise("UnknownNamespaceError", error.what());
+    } catch (const LayoutMismatch& error) {
+      raise("LayoutError", error.what());
+    }
+  }
+
+  std::atomic<std::thread::id> running_{};  // the thread that is in a third party's policy
+  std::vector<std::unique_ptr<PythonPolicy>> customs_;
+  std::mutex mutex_;
+  Index index_;
+  NumPy numpy_;
+  nb::object match_, evicted_, removed_, copies_;
+};
+
+}  // namespace
+
+void bind_index(nb::module_& m) {
+  nb::class_<PyIndex>(m, "Index")
+      .def(nb::init<uint32_t, const std::vector<PyIndex::PolicyArguments>&>(), nb::arg("tiers"), nb::arg("policies"))
+      .def("advance", &PyIndex::advance, nb::arg("tick"))
+      .def("_add_namespace", &PyIndex::add_namespace, nb::arg("root"), nb::arg("groups"))
+      .def("retire_namespace", &PyIndex::retire_namespace, nb::arg("root"))
+      .def("has_namespace", &PyIndex::has_namespace, nb::arg("root"))
+      .def("match", &PyIndex::match, nb::arg("root"), nb::arg("keys"))
+      .def("residency", &PyIndex::residency, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"))
+      .def("touch", &PyIndex::touch, nb::arg("root"), nb::arg("keys"))
+      .def("insert", &PyIndex::insert, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"),
+           nb::arg("slots"))
+      .def("remove", &PyIndex::remove, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"),
+           nb::arg("start"), nb::arg("stop"))
+      .def("remove_subtree", &PyIndex::remove_subtree, nb::arg("root"), nb::arg("keys"))
+      .def("pin", &PyIndex::pin, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"), nb::arg("start"),
+           nb::arg("stop"))
+      .def("unpin", &PyIndex::unpin, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"),
+           nb::arg("start"), nb::arg("stop"))
+      .def("evict", &PyIndex::evict, nb::arg("tier"), nb::arg("count"), nb::arg("slot_class") = 0)
+      .def("recover", &PyIndex::recover, nb::arg("root"), nb::arg("tier"), nb::arg("group"), nb::arg("keys"),
+           nb::arg("parents"), nb::arg("depths"), nb::arg("slots"))
+      .def("end_recovery", &PyIndex::end_recovery)
+      .def("drop_tier", &PyIndex::drop_tier, nb::arg("tier"))
+      .def("count", &PyIndex::count, nb::arg("tier"))
+      .def("copies", &PyIndex::copies, nb::arg("root"), nb::arg("tier"), nb::arg("group"))
+      .def("statistics", &PyIndex::statistics);
+}
+
+}  // namespace flexkv
