@@ -3,7 +3,10 @@
 
 #include "bindings.hpp"
 
+namespace nb = nanobind;
+
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // an index that lives to the end of its process is no leak
   m.doc() = "FlexKV's native code: knows bytes, not engines.";
   flexkv::bind_keys(m);
   flexkv::bind_seal(m);

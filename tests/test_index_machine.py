@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from index_pair import WEIGHTS, MakeIndex, Pair
 
+from flexkv_core.index.native import NativeIndex
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.policies import Eviction, policy_names, register_policy
 
-PAIRS: list[tuple[MakeIndex, MakeIndex]] = [(ReferenceIndex, ReferenceIndex)]
+PAIRS: list[tuple[MakeIndex, MakeIndex]] = [(ReferenceIndex, NativeIndex)]
 """(left, right): each pair is driven through all stacks."""
 
 CUSTOM = "machine-test"

@@ -33,7 +33,7 @@ from flexkv_core.index.reference_tree import Column, Copy, Node, Tree, count_bra
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.reference import MAIN, SMALL, Block, Custom, S3Fifo, make_policy
 
-RETIRED, STRANDED, LIVE = 0, 1, 2
+RETIRED_STRANDED, RETIRED, STRANDED, LIVE = range(4)
 _FIRST = 0  # the queue of S3-FIFO's retired and stranded copies, and the only one of other policies
 
 
@@ -429,7 +429,8 @@ class ReferenceIndex:
         if not node.may_go(column):
             return
         (tier, group), copy, policy = column, node.copies[column], self._policies[column[0]]
-        rank = RETIRED if node.tree.retired else STRANDED if node.stranded[group] else LIVE
+        stranded, retired = node.stranded[group], node.tree.retired
+        rank = (RETIRED_STRANDED if stranded else RETIRED) if retired else STRANDED if stranded else LIVE
         order = rank, policy.order(copy.state), -node.depth, group, node.key, node.tree.root
         copy.entry = (*order, next(self._sequence), node, column)
         queue = policy.queue(copy.state) if rank == LIVE else _FIRST

@@ -131,7 +131,6 @@ Forest::Place Forest::locate(Space& space, const uint8_t* wanted) {
 
 // Finds or makes the position of a copy; `found.node` is kNone if the copy contradicts what is known.
 void Forest::recovered(Space& space, const uint8_t* wanted, const uint8_t* parent, uint32_t depth, Place& found) {
-  const bool first = depth == 0;
   found = locate(space, wanted);
   if (found.node != kNone) {
     const Node& here = node(found.node);
@@ -147,9 +146,8 @@ void Forest::recovered(Space& space, const uint8_t* wanted, const uint8_t* paren
     return;
   }
   NodeId at = space.top;
-  if (first) {
-    if (!same_key(parent, space.root)) return;
-  } else {
+  if ((depth == 0) != same_key(parent, space.root)) return;
+  if (depth != 0) {
     const Place above = locate(space, parent);
     if (above.node == kNone) {
       at = space.orphans;
