@@ -111,7 +111,8 @@ class Index(Protocol):
     select positions. All methods raise `UnknownNamespaceError` for a root that was not added, or that was retired
     and whose last copy is gone.
 
-    Time is a counter of *ticks*: each call of touch, insert and recover is one tick later than the last.
+    Time is a counter of *ticks*: each call of touch and insert is one tick later than the last. So is the first call of
+    recover; the others until end_recovery have its tick.
     """
 
     def __init__(self, tiers: int, policies: Sequence[str | Eviction] | None = None) -> None:

@@ -67,6 +67,7 @@ class ReferenceIndex:
         self._tiers = tiers
         self._trees: dict[bytes, Tree] = {}
         self._tick = 0
+        self._recovery_tick = 0  # 0: nothing is being recovered
         self._heaps: dict[tuple[int, int, int], list[Any]] = {}  # by (tier, slot class, queue)
         self._held: Counter[tuple[int, int]] = Counter()  # copies by (tier, slot class)
         self._small: Counter[tuple[int, int]] = Counter()  # of these, in S3-FIFO's small queue
@@ -209,7 +210,7 @@ class ReferenceIndex:
             key = keys[position].tobytes()
             node = node.children.get(key) or self._settled(tree.add(key, node))
             if slots[position] != NO_SLOT:
-                taken[position] = self._take(node, (tier, group), int(slots[position]))
+                taken[position] = self._take(node, (tier, group), int(slots[position]), self._tick)
         return taken
 
     @_public
@@ -230,17 +231,19 @@ class ReferenceIndex:
             raise ValueError(f"{len(parents)} parents for {len(keys)} keys: give one each")
         check.check_integers(depths, len(keys), 0, MAX_DEPTH, "depths")
         check.check_slots(slots, len(keys), lowest=0)
-        self._tick += 1
+        if not self._recovery_tick:
+            self._tick += 1
+            self._recovery_tick = self._tick
         taken = np.zeros(len(keys), np.bool_)
         for i in np.argsort(depths, kind="stable").tolist():
             node = self._recovered(tree, keys[i].tobytes(), parents[i].tobytes(), int(depths[i]))
             if node is not None:
-                taken[i] = self._take(node, (tier, group), int(slots[i]))
+                taken[i] = self._take(node, (tier, group), int(slots[i]), self._recovery_tick)
         return taken
 
     @_public
     def end_recovery(self) -> None:
-        """Nothing to drop: this index can always find a position by its key."""
+        self._recovery_tick = 0  # nothing to drop: this index can always find a position by its key
 
     def _recovered(self, tree: Tree, key: bytes, parent_key: bytes, depth: int) -> Node | None:
         """The position of a recovered copy, made where there is none; None if the copy contradicts the tree."""
@@ -259,11 +262,11 @@ class ReferenceIndex:
                 self._restrand(node, group)
         return node
 
-    def _take(self, node: Node, column: Column, slot: int) -> bool:
+    def _take(self, node: Node, column: Column, slot: int, now: int) -> bool:
         """Give a position a new copy, unless it has one in that column."""
         if column in node.copies:
             return False
-        state = self._policies[column[0]].insert(self._tick, _block(node, column))
+        state = self._policies[column[0]].insert(now, _block(node, column))
         self._attach(node, column, Copy(slot, state))
         return True
 

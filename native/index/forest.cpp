@@ -67,46 +67,55 @@ void Forest::retire(Space& space) {
 
 // ---------------------------------------------------------------- walks
 
-NodeId Forest::find_child(NodeId parent, const uint8_t* wanted, bool& verified) {
-  const NodeId first = node(parent).first_child;
-  if (first == kNone) return kNone;
-  verified = node(first).next != kNone;
-  if (!verified) return first;
+// The child whose first block has this key.
+NodeId Forest::find_child(NodeId parent, const uint8_t* wanted) {
   return by_first_key_.find(wanted, [&](NodeId id) {
     const Node& child = node(id);
     return child.parent == parent && same_key(key_in(child, 0), wanted);
   });
 }
 
+// How many of `count` keys the node's positions begin with. Keys are chained: where one is equal, all before it are.
+uint32_t Forest::common(const Node& here, const uint8_t* keys, uint32_t count) {
+  if (same_key(key_in(here, count - 1), keys + size_t(count - 1) * kKeyBytes)) return count;
+  uint32_t low = 0, high = count - 1;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (same_key(key_in(here, middle), keys + size_t(middle) * kKeyBytes)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The child that was taken last is tried first: it lies in front of its siblings. Not below a top, where there may be
+// millions.
 uint32_t Forest::walk(Space& space, const uint8_t* keys, uint32_t count, Path& path) {
   path.clear();
   NodeId at = space.top;
   uint32_t known = 0;
   while (known < count) {
-    bool verified;
-    const NodeId child = find_child(at, keys + size_t(known) * kKeyBytes, verified);
-    if (child == kNone) break;
-    const Node& here = node(child);
-    const uint32_t most = std::min(here.length, count - known);
     const uint8_t* rest = keys + size_t(known) * kKeyBytes;
-    uint32_t found = most;
-    if (!same_key(key_in(here, most - 1), rest + size_t(most - 1) * kKeyBytes)) {
-      // Keys are chained: where one is equal, all before it are.
-      uint32_t low = verified ? 1 : 0, high = most - 1;
-      while (low < high) {
-        const uint32_t middle = (low + high) / 2;
-        if (same_key(key_in(here, middle), rest + size_t(middle) * kKeyBytes)) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
+    const Node& above = node(at);
+    NodeId child = at == space.top ? kNone : above.first_child;
+    uint32_t found = 0;
+    if (child != kNone) found = common(node(child), rest, std::min(node(child).length, count - known));
+    if (found == 0 && (child == kNone ? above.first_child != kNone : node(child).next != kNone)) {
+      child = find_child(at, rest);
+      if (child == kNone) break;
+      found = common(node(child), rest, std::min(node(child).length, count - known));
+      if (at != space.top) {
+        unlink(child);
+        link(at, child);
       }
-      found = low;
     }
     if (found == 0) break;
+    __builtin_prefetch(columns_of(node(child)) + 1);  // for what follows the walk
     path.push_back({child, known, found});
     known += found;
-    if (found < here.length) break;
+    if (found < node(child).length) break;
     at = child;
   }
   return known;
@@ -354,7 +363,7 @@ NodeId Forest::split(NodeId id, uint32_t position) {
   for (uint32_t group = 0; group < groups_; ++group) {
     groups_of(tail)[group].stranded = groups_of(head)[group].stranded || leads_to_hole(head, group);
   }
-  if (head.parent == space.orphans) rename_orphan(space, id, head_id);
+  if (head.parent == space.orphans) rename_orphan(id, head_id);
   if (recovering_) {
     note_tiles(head_id, 0);
     if (cut % Tiles::kBlocks != 0) note_keys(head_id, position - std::min(position, cut % Tiles::kBlocks), position);
@@ -406,13 +415,13 @@ void Forest::merge_tiles(Node& upper, Node& lower) {
 }
 
 // Makes a node and its only child one. The child stays, so that its children keep their parent.
-void Forest::try_merge(NodeId parent) {
-  if (sentinel(node(parent))) return;
+bool Forest::try_merge(NodeId parent) {
+  if (sentinel(node(parent))) return false;
   const NodeId id = node(parent).first_child;
-  if (id == kNone || node(id).next != kNone) return;
+  if (id == kNone || node(id).next != kNone) return false;
   Node &upper = node(parent), &lower = node(id);
   const bool aligned = (upper.offset + upper.length) % Tiles::kBlocks == lower.offset;
-  if (!aligned && std::min(upper.length, lower.length) > kMergeLimit) return;
+  if (!aligned && std::min(upper.length, lower.length) > kMergeLimit) return false;
   Space& space = space_of(parent);
   const uint32_t shift = upper.length;
 
@@ -476,12 +485,13 @@ void Forest::try_merge(NodeId parent) {
   lower.start = upper.start;
   lower.length += shift;
   replace_child(parent, id);
-  if (upper.parent == space.orphans) rename_orphan(space, parent, id);
+  if (upper.parent == space.orphans) rename_orphan(parent, id);
   give_node(parent);
   if (recovering_) {
     note_tiles(id, 0);
     note_keys(id, 0, moved);
   }
+  return true;
 }
 
 // Takes the positions at a childless node's end that nothing holds out of the tree; false if none are left.
@@ -535,7 +545,8 @@ void Forest::prune(std::vector<NodeId>& dirty) {
 size_t Forest::memory_bytes() const {
   size_t bytes = node_chunks_.size() * kNodeChunk * stride_ + tiles_.memory_bytes() + by_first_key_.memory_bytes() +
                  tile_list_bytes_ + extras_.size() * sizeof(Extra) + tile_notes_.capacity() * sizeof(TileNote) +
-                 (recovering_ ? tile_by_key_.memory_bytes() : 0);
+                 tile_by_key_.memory_bytes() + orphans_by_parent_.memory_bytes() +
+                 orphan_parents_.size() * (sizeof(Name) + 32);
   for (const Extra& extra : extras_) bytes += extra.memory_bytes();
   for (const auto& space : spaces_) {
     if (!space) continue;

@@ -83,8 +83,7 @@ struct Space {
   uint64_t positions = 0;
   std::deque<CandidateHeap> heaps;   // two a column
   std::vector<Contest*> contests;    // one a column
-  std::unordered_map<NodeId, std::string> orphan_parents;         // orphan -> key of its parent
-  std::unordered_multimap<std::string, NodeId> orphans_by_parent;
+  uint64_t orphan_count = 0;
 };
 
 // What forests share with the index that owns them.
@@ -211,11 +210,12 @@ class Forest {
   void link(NodeId parent, NodeId child);
   void unlink(NodeId child);
   void replace_child(NodeId old_child, NodeId new_child);
-  NodeId find_child(NodeId parent, const uint8_t* key, bool& verified);
+  NodeId find_child(NodeId parent, const uint8_t* key);
+  uint32_t common(const Node& here, const uint8_t* keys, uint32_t count);
   NodeId new_child(Space& space, NodeId parent, uint32_t start, const uint8_t* keys, uint32_t count);
   void extend(NodeId id, const uint8_t* keys, uint32_t count);
   NodeId split(NodeId id, uint32_t position);
-  void try_merge(NodeId parent);
+  bool try_merge(NodeId parent);
   void merge_tiles(Node& upper, Node& lower);
   void give_tile(TileId tile);
   void copy_block(TileId from, uint32_t from_block, TileId to, uint32_t to_block);
@@ -245,8 +245,13 @@ class Forest {
   static void each_part(const Path& path, uint32_t start, uint32_t stop, Act act);
 
   // ---- orphans and recovery
+  struct Name {
+    uint8_t bytes[kKeyBytes];
+  };
+  void add_orphan(Space& space, NodeId id, const uint8_t* parent);
+  const uint8_t* parent_key(const Space& space, NodeId id, uint32_t position);
   void join_orphans(Space& space, NodeId id, uint32_t position);
-  void rename_orphan(Space& space, NodeId old_id, NodeId new_id);
+  void rename_orphan(NodeId old_id, NodeId new_id);
   void forget_orphan(Space& space, NodeId id);
   struct Place {
     NodeId node;
@@ -275,6 +280,9 @@ class Forest {
   std::vector<uint32_t> free_spaces_;
   Path scratch_;
   std::vector<NodeId> waiting_;
+
+  std::unordered_map<NodeId, Name> orphan_parents_;  // orphan -> key of its parent
+  KeyMap orphans_by_parent_;
 
   // While copies are recovered: where each key lies, whatever its depth. Tiles do not move when nodes are split.
   struct TileNote {

@@ -131,7 +131,7 @@ Statistics Index::statistics() const {
   all.namespaces = spaces_.size();
   for (const auto& [root, found] : spaces_) {
     all.positions += found.space->positions;
-    all.orphans += found.space->orphan_parents.size();
+    all.orphans += found.space->orphan_count;
   }
   for (uint64_t copies : shared_.counts) all.copies += copies;
   all.pinned = shared_.pinned;
@@ -231,11 +231,12 @@ void Index::recover(const std::string& root, uint32_t tier, uint32_t group, uint
                           std::to_string(GroupState::kNoHole - 1));
     }
   }
-  ++tick_;
-  found.forest->recover(*found.space, number, count, keys, parents, depths, slots, taken, tick_, ghost(tier));
+  if (recovery_tick_ == 0) recovery_tick_ = ++tick_;
+  found.forest->recover(*found.space, number, count, keys, parents, depths, slots, taken, recovery_tick_, ghost(tier));
 }
 
 void Index::end_recovery() {
+  recovery_tick_ = 0;
   for (auto& [groups, forest] : forests_) forest->end_recovery();
 }
 

@@ -83,6 +83,7 @@ class Index {
 
   Shared shared_;
   uint64_t tick_ = 0;
+  uint64_t recovery_tick_ = 0;  // 0: nothing is being recovered
   std::vector<std::unique_ptr<Ghost>> ghosts_;              // one a tier
   std::map<std::pair<uint32_t, uint32_t>, Contest> contests_;  // by (tier, slot class)
   std::map<size_t, std::unique_ptr<Forest>> forests_;       // by number of groups

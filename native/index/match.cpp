@@ -5,8 +5,16 @@ namespace flexkv::index {
 
 namespace {
 
-// Joins the low and high parts of slots. Written so that compilers turn it into vector code.
-void widen(const uint32_t* low, const uint8_t* high, uint32_t count, int64_t* out) {
+// Joins the low and high parts of slots. High parts are mostly zero: below 2^32 slots, 16 TiB.
+inline void widen_tile(const uint32_t* low, const uint8_t* high, int64_t* out) {
+  uint32_t all;
+  std::memcpy(&all, high, sizeof all);
+  for (uint32_t i = 0; i < Tiles::kBlocks; ++i) out[i] = int64_t(low[i]);
+  if (all == 0) return;
+  for (uint32_t i = 0; i < Tiles::kBlocks; ++i) out[i] |= int64_t(high[i]) << 32;
+}
+
+inline void widen(const uint32_t* low, const uint8_t* high, uint32_t count, int64_t* out) {
   for (uint32_t i = 0; i < count; ++i) out[i] = int64_t(uint64_t(low[i]) | uint64_t(high[i]) << 32);
 }
 
@@ -14,12 +22,35 @@ void widen(const uint32_t* low, const uint8_t* high, uint32_t count, int64_t* ou
 
 // Writes for each group what the fastest tier has: `tiers` and `slots` are (groups, known).
 void Forest::fill_match(Space&, const Path& path, uint32_t known, uint8_t* tiers, int64_t* slots) {
-  for (const Step& step : path) {
+  for (size_t number = 0; number < path.size(); ++number) {
+    const Step& step = path[number];
     const Node& here = node(step.node);
+    if (number + 2 < path.size()) {
+      const Node& later = node(path[number + 2].node);
+      const TileId tile = tile_of(later, 0);
+      __builtin_prefetch(tiles_.low(tile, 0));
+      __builtin_prefetch(tiles_.high(tile, 0));
+    }
     // Slots of positions [from, to) of one column, all of them held.
-    auto copy = [&](uint32_t number, uint32_t from, uint32_t to, int64_t* out) {
+    auto copy = [&](uint32_t column, uint32_t from, uint32_t to, int64_t* out) {
       uint32_t at = here.offset + from;
       const uint32_t end = here.offset + to;
+      if (end - at <= 8 * Tiles::kBlocks) {  // short: tile by tile
+        while (at < end) {
+          const TileId tile = tile_of(here, at / Tiles::kBlocks);
+          const uint32_t block = at % Tiles::kBlocks, some = std::min(Tiles::kBlocks - block, end - at);
+          const uint32_t* low = tiles_.low(tile, column);
+          const uint8_t* high = tiles_.high(tile, column);
+          if (some == Tiles::kBlocks) {
+            widen_tile(low, high, out);
+          } else {
+            widen(low + block, high + block, some, out);
+          }
+          out += some;
+          at += some;
+        }
+        return;
+      }
       while (at < end) {
         uint32_t index = at / Tiles::kBlocks;
         const TileId first = tile_of(here, index);
@@ -30,7 +61,7 @@ void Forest::fill_match(Space&, const Path& path, uint32_t known, uint8_t* tiers
           stop += Tiles::kBlocks;
         }
         const uint32_t some = std::min(stop, end) - at, block = at % Tiles::kBlocks;
-        widen(tiles_.low(first, number) + block, tiles_.high(first, number) + block, some, out);
+        widen(tiles_.low(first, column) + block, tiles_.high(first, column) + block, some, out);
         out += some;
         at += some;
       }
@@ -120,14 +151,7 @@ void Forest::copies(Space& space, uint32_t number, CopyRows& rows) {
         const uint64_t slot = slot_in(here, at, number);
         if (slot == kEmpty) continue;
         const uint8_t* name = key_in(here, at);
-        const uint8_t* parent = space.root;
-        if (at != 0) {
-          parent = key_in(here, at - 1);
-        } else if (here.parent == space.orphans) {
-          parent = reinterpret_cast<const uint8_t*>(space.orphan_parents.at(id).data());
-        } else if (here.parent != space.top) {
-          parent = key_in(node(here.parent), node(here.parent).length - 1);
-        }
+        const uint8_t* parent = parent_key(space, id, at);
         rows.keys.insert(rows.keys.end(), name, name + kKeyBytes);
         rows.parents.insert(rows.parents.end(), parent, parent + kKeyBytes);
         rows.depths.push_back(here.start + at);

@@ -9,32 +9,54 @@
 
 namespace flexkv::index {
 
-namespace {
-
-std::string name_of(const uint8_t* key) { return {reinterpret_cast<const char*>(key), kKeyBytes}; }
-
-}  // namespace
-
 // ---------------------------------------------------------------- orphans
+
+void Forest::add_orphan(Space& space, NodeId id, const uint8_t* parent) {
+  std::memcpy(orphan_parents_[id].bytes, parent, kKeyBytes);
+  orphans_by_parent_.insert(parent, id);
+  ++space.orphan_count;
+}
+
+void Forest::rename_orphan(NodeId old_id, NodeId new_id) {
+  auto entry = orphan_parents_.extract(old_id);
+  orphans_by_parent_.replace(entry.mapped().bytes, old_id, new_id);
+  entry.key() = new_id;
+  orphan_parents_.insert(std::move(entry));
+}
+
+void Forest::forget_orphan(Space& space, NodeId id) {
+  const auto found = orphan_parents_.find(id);
+  orphans_by_parent_.erase(found->second.bytes, id);
+  orphan_parents_.erase(found);
+  --space.orphan_count;
+}
+
+// The key of the position above one.
+const uint8_t* Forest::parent_key(const Space& space, NodeId id, uint32_t position) {
+  const Node& here = node(id);
+  if (position != 0) return key_in(here, position - 1);
+  if (here.parent == space.top) return space.root;
+  if (here.parent == space.orphans) return orphan_parents_.at(id).bytes;
+  return key_in(node(here.parent), node(here.parent).length - 1);
+}
 
 // A position has come into being: orphans that wait for it become its children. It must be its node's last.
 void Forest::join_orphans(Space& space, NodeId id, uint32_t position) {
-  if (space.orphan_parents.empty()) return;
-  const std::string name = name_of(key(id, position));
+  if (space.orphan_count == 0) return;
+  const uint8_t* name = key(id, position);
   const uint32_t depth = node(id).start + position + 1;
   std::vector<NodeId> joining;
-  auto [first, last] = space.orphans_by_parent.equal_range(name);
-  for (auto found = first; found != last;) {
-    if (node(found->second).start == depth) {
-      joining.push_back(found->second);
-      space.orphan_parents.erase(found->second);
-      found = space.orphans_by_parent.erase(found);
-    } else {
-      ++found;
+  orphans_by_parent_.find(name, [&](NodeId orphan) {
+    const Node& there = node(orphan);
+    if (there.space == space.number && there.start == depth &&
+        same_key(orphan_parents_.at(orphan).bytes, name)) {
+      joining.push_back(orphan);
     }
-  }
+    return false;
+  });
   if (joining.empty()) return;
   for (NodeId orphan : joining) {
+    forget_orphan(space, orphan);
     for (uint32_t number = 0; number < columns_; ++number) {
       if (columns(orphan)[number].populated()) unpopulated(orphan, number);
     }
@@ -45,28 +67,7 @@ void Forest::join_orphans(Space& space, NodeId id, uint32_t position) {
     }
   }
   for (uint32_t group = 0; group < groups_; ++group) spread_stranded(id, group);
-  try_merge(id);
-}
-
-void Forest::rename_orphan(Space& space, NodeId old_id, NodeId new_id) {
-  auto parent = space.orphan_parents.extract(old_id);
-  auto [first, last] = space.orphans_by_parent.equal_range(parent.mapped());
-  for (auto found = first; found != last; ++found) {
-    if (found->second == old_id) found->second = new_id;
-  }
-  parent.key() = new_id;
-  space.orphan_parents.insert(std::move(parent));
-}
-
-void Forest::forget_orphan(Space& space, NodeId id) {
-  const std::string parent = space.orphan_parents.at(id);
-  auto [first, last] = space.orphans_by_parent.equal_range(parent);
-  for (auto found = first; found != last; ++found) {
-    if (found->second != id) continue;
-    space.orphans_by_parent.erase(found);
-    break;
-  }
-  space.orphan_parents.erase(id);
+  if (!recovering_) try_merge(id);
 }
 
 // ---------------------------------------------------------------- where each key lies
@@ -87,9 +88,25 @@ void Forest::begin_recovery() {
 }
 
 void Forest::end_recovery() {
+  if (!recovering_) return;
   recovering_ = false;
   tile_by_key_ = KeyMap();
   tile_notes_ = std::vector<TileNote>();
+  // What joined piece by piece becomes one.
+  for (const auto& space : spaces_) {
+    if (!space) continue;
+    std::vector<NodeId> waiting{space->top, space->orphans};
+    while (!waiting.empty()) {
+      NodeId id = waiting.back();
+      waiting.pop_back();
+      for (;;) {
+        const NodeId child = node(id).first_child;
+        if (child == kNone || node(child).next != kNone || !try_merge(id)) break;
+        id = child;
+      }
+      for (NodeId child = node(id).first_child; child != kNone; child = node(child).next) waiting.push_back(child);
+    }
+  }
 }
 
 void Forest::note_tiles(NodeId id, uint32_t first_tile) {
@@ -133,16 +150,10 @@ Forest::Place Forest::locate(Space& space, const uint8_t* wanted) {
 void Forest::recovered(Space& space, const uint8_t* wanted, const uint8_t* parent, uint32_t depth, Place& found) {
   found = locate(space, wanted);
   if (found.node != kNone) {
-    const Node& here = node(found.node);
-    const uint8_t* above = space.root;
-    if (found.position != 0) {
-      above = key_in(here, found.position - 1);
-    } else if (here.parent == space.orphans) {
-      above = reinterpret_cast<const uint8_t*>(space.orphan_parents.at(found.node).data());
-    } else if (here.parent != space.top) {
-      above = key_in(node(here.parent), node(here.parent).length - 1);
+    if (node(found.node).start + found.position != depth ||
+        !same_key(parent_key(space, found.node, found.position), parent)) {
+      found.node = kNone;
     }
-    if (here.start + found.position != depth || !same_key(above, parent)) found.node = kNone;
     return;
   }
   NodeId at = space.top;
@@ -162,26 +173,50 @@ void Forest::recovered(Space& space, const uint8_t* wanted, const uint8_t* paren
     extend(at, wanted, 1);
   } else {
     found = {new_child(space, at, depth, wanted, 1), 0};
-    if (at == space.orphans) {
-      space.orphan_parents.emplace(found.node, name_of(parent));
-      space.orphans_by_parent.emplace(name_of(parent), found.node);
-    }
+    if (at == space.orphans) add_orphan(space, found.node, parent);
   }
 }
+
+namespace {
+
+// Rows in order of depth; of equals in the given order.
+std::vector<uint32_t> by_depth(const int64_t* depths, uint32_t count) {
+  std::vector<uint32_t> order(count);
+  const int64_t deepest = count == 0 ? 0 : *std::max_element(depths, depths + count);
+  if (deepest > int64_t(count) * 4 + 1024) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return depths[a] < depths[b]; });
+    return order;
+  }
+  std::vector<uint32_t> starts(size_t(deepest) + 2, 0);
+  for (uint32_t row = 0; row < count; ++row) ++starts[size_t(depths[row]) + 1];
+  for (size_t depth = 1; depth < starts.size(); ++depth) starts[depth] += starts[depth - 1];
+  for (uint32_t row = 0; row < count; ++row) order[starts[size_t(depths[row])]++] = row;
+  return order;
+}
+
+}  // namespace
 
 void Forest::recover(Space& space, uint32_t number, uint32_t count, const uint8_t* keys, const uint8_t* parents,
                      const int64_t* depths, const int64_t* slots, uint8_t* taken, uint64_t now, Ghost* ghost) {
   begin_recovery();
-  std::vector<uint32_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return depths[a] < depths[b]; });
-  for (uint32_t row : order) {
+  const std::vector<uint32_t> order = by_depth(depths, count);
+  for (uint32_t at = 0; at < count; ++at) {
+    if (at + 16 < count) {
+      __builtin_prefetch(keys + size_t(order[at + 16]) * kKeyBytes);
+      __builtin_prefetch(parents + size_t(order[at + 16]) * kKeyBytes);
+    }
+    if (at + 8 < count) {
+      tile_by_key_.prefetch(keys + size_t(order[at + 8]) * kKeyBytes);
+      tile_by_key_.prefetch(parents + size_t(order[at + 8]) * kKeyBytes);
+    }
+    const uint32_t row = order[at];
     const uint8_t* wanted = keys + size_t(row) * kKeyBytes;
     Place found;
     recovered(space, wanted, parents + size_t(row) * kKeyBytes, uint32_t(depths[row]), found);
     if (found.node == kNone) continue;
     place(found.node, number, found.position, 1, slots + row, taken + row, now, ghost);
-    if (!taken[row] || space.orphan_parents.empty()) continue;
+    if (!taken[row] || space.orphan_count == 0) continue;
     if (found.position + 1 == node(found.node).length) join_orphans(space, found.node, found.position);
   }
 }

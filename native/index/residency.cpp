@@ -353,7 +353,7 @@ void Forest::insert(Space& space, const uint8_t* keys, uint32_t count, uint32_t 
   while (known < count) {
     const uint8_t* rest = keys + size_t(known) * kKeyBytes;
     // Where an orphan may wait for any of the new positions, they are made one by one.
-    const uint32_t some = space.orphan_parents.empty() ? count - known : 1;
+    const uint32_t some = space.orphan_count == 0 ? count - known : 1;
     NodeId at = scratch_.empty() ? space.top : scratch_.back().node;
     uint32_t start = 0;
     if (!scratch_.empty() && scratch_.back().count < node(at).length) {
@@ -368,7 +368,7 @@ void Forest::insert(Space& space, const uint8_t* keys, uint32_t count, uint32_t 
     }
     place(at, number, start, some, slots + known, taken + known, now, ghost);
     known += some;
-    if (space.orphan_parents.empty()) return;
+    if (space.orphan_count == 0) return;
     join_orphans(space, at, start + some - 1);
     const uint32_t before = known;
     known = walk(space, keys, count, scratch_);
