@@ -160,10 +160,11 @@ def insert_time(kind: Callable[..., Any], sequences: int, length: int) -> float:
     """Microseconds a block, into a fresh index."""
     keys = random_keys(sequences * length).reshape(sequences, length, 32)
     slots = np.arange(sequences * length).reshape(sequences, length)
+    calls = list(zip(keys, slots, strict=True))
     index = new_index(kind)
     start = time.perf_counter()
-    for number in range(sequences):
-        index.insert(ROOT, keys[number], 0, 0, slots[number])
+    for key, slot in calls:
+        index.insert(ROOT, key, 0, 0, slot)
     return (time.perf_counter() - start) / (sequences * length) * 1e6
 
 

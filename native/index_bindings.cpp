@@ -65,11 +65,15 @@ class PythonPolicy final : public CustomPolicy {
   std::atomic<std::thread::id>& running_;
 };
 
-// A read-only look at an array's bytes.
+// A read-only look at an array's bytes, one element behind the other.
 class View {
  public:
-  explicit View(nb::handle array) {  // holds a reference to the array
-    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0) throw nb::python_error();
+  // `contiguous` makes a copy of an array whose elements do not lie so.
+  View(nb::handle array, nb::handle contiguous) {
+    look(array);
+    if (PyBuffer_IsContiguous(&view_, 'C') != 0) return;
+    PyBuffer_Release(&view_);
+    look(contiguous(array));
   }
   ~View() { PyBuffer_Release(&view_); }
   View(const View&) = delete;
@@ -87,6 +91,9 @@ class View {
   }
 
  private:
+  void look(nb::handle array) {  // keeps the array alive
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) != 0) throw nb::python_error();
+  }
   Py_buffer view_;
 };
 
@@ -101,8 +108,12 @@ struct NumPy {
   nb::object boolean = module.attr("dtype")("bool");
 
   template <class T>
-  static T* data(nb::handle made) {
-    return View(made).data<T>();
+  static T* data(nb::handle made) {  // of an array that was just made
+    Py_buffer view;
+    if (PyObject_GetBuffer(made.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    T* data = static_cast<T*>(view.buf);
+    PyBuffer_Release(&view);
+    return data;
   }
   template <class T>
   nb::object copy(const std::vector<T>& values, nb::handle dtype, size_t width = 0) const {
@@ -155,10 +166,10 @@ class PyIndex {
 
   nb::object match(nb::handle root, nb::object keys) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
     Index::Walked walked{};
-    translate([&] { walked = index_.match(name, view.data(), view.count()); });
+    translate([&] { walked = index_.match(tree, view.data(), view.count()); });
     const nb::object shape = nb::make_tuple(walked.groups, walked.known);
     nb::object tiers = numpy_.empty(shape, numpy_.uint8), slots = numpy_.empty(shape, numpy_.int64);
     uint32_t blocks = 0;
@@ -168,11 +179,11 @@ class PyIndex {
 
   nb::object residency(nb::handle root, nb::object keys, int64_t tier, int64_t group) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
     nb::object slots = numpy_.empty(view.count(), numpy_.int64);
     translate([&] {
-      index_.residency(name, view.data(), view.count(), unsigned_of(tier), unsigned_of(group),
+      index_.residency(tree, view.data(), view.count(), unsigned_of(tier), unsigned_of(group),
                        NumPy::data<int64_t>(slots));
     });
     return slots;
@@ -180,20 +191,20 @@ class PyIndex {
 
   void touch(nb::handle root, nb::object keys) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
-    translate([&] { index_.touch(name, view.data(), view.count()); });
+    translate([&] { index_.touch(tree, view.data(), view.count()); });
   }
 
   nb::object insert(nb::handle root, nb::object keys, int64_t tier, int64_t group, nb::object slots) {
     Guard guard(*this);
-    const std::string name = live(root);
+    const Index::Tree tree = live(root);
     Keys view(*this, keys, "keys");
-    column(name, tier, group);
-    const View values = integers(slots, view.count(), "slots");
+    column(tree, tier, group);
+    Integers values(*this, slots, view.count(), "slots");
     nb::object taken = numpy_.zeros(view.count(), numpy_.boolean);
     translate([&] {
-      index_.insert(name, view.data(), view.count(), uint32_t(tier), uint32_t(group), values.data<int64_t>(),
+      index_.insert(tree, view.data(), view.count(), uint32_t(tier), uint32_t(group), values.data(),
                     NumPy::data<uint8_t>(taken));
     });
     return taken;
@@ -201,13 +212,13 @@ class PyIndex {
 
   nb::object remove(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
-    column(name, tier, group);
+    column(tree, tier, group);
     range(start, stop, view.count());
     nb::object slots = numpy_.empty(stop - start, numpy_.int64);
     translate([&] {
-      index_.remove(name, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop),
+      index_.remove(tree, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop),
                     NumPy::data<int64_t>(slots));
     });
     return slots;
@@ -215,10 +226,10 @@ class PyIndex {
 
   nb::object remove_subtree(nb::handle root, nb::object keys) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
     Forest::RemovedRows rows;
-    translate([&] { rows = index_.remove_subtree(name, view.data(), view.count()); });
+    translate([&] { rows = index_.remove_subtree(tree, view.data(), view.count()); });
     return named(removed_, nb::make_tuple(numpy_.copy(rows.tiers, numpy_.uint8),
                                           numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
                                           numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
@@ -247,21 +258,21 @@ class PyIndex {
   nb::object recover(nb::handle root, int64_t tier, int64_t group, nb::object keys, nb::object parents,
                      nb::object depths, nb::object slots) {
     Guard guard(*this);
-    const std::string name = live(root);
+    const Index::Tree tree = live(root);
     Keys view(*this, keys, "keys"), above(*this, parents, "parents");
-    column(name, tier, group);
+    column(tree, tier, group);
     if (above.count() != view.count()) {
       throw nb::value_error((std::to_string(above.count()) + " parents for " + std::to_string(view.count()) +
                              " keys: give one each").c_str());
     }
-    const View depth_view = integers(depths, view.count(), "depths"), slot_view = integers(slots, view.count(), "slots");
+    Integers depth_view(*this, depths, view.count(), "depths"), slot_view(*this, slots, view.count(), "slots");
     nb::object taken = numpy_.zeros(view.count(), numpy_.boolean);
     uint8_t* out = NumPy::data<uint8_t>(taken);
     translate([&] {
       std::optional<nb::gil_scoped_release> release;
       if (customs_.empty()) release.emplace();
-      index_.recover(name, uint32_t(tier), uint32_t(group), view.count(), view.data(), above.data(),
-                     depth_view.data<int64_t>(), slot_view.data<int64_t>(), out);
+      index_.recover(tree, uint32_t(tier), uint32_t(group), view.count(), view.data(), above.data(),
+                     depth_view.data(), slot_view.data(), out);
     });
     return taken;
   }
@@ -289,11 +300,11 @@ class PyIndex {
 
   nb::object copies(nb::handle root, int64_t tier, int64_t group) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Forest::CopyRows rows;
     translate([&] {
       nb::gil_scoped_release release;
-      rows = index_.copies(name, unsigned_of(tier), unsigned_of(group));
+      rows = index_.copies(tree, unsigned_of(tier), unsigned_of(group));
     });
     return named(copies_, nb::make_tuple(numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
                                          numpy_.copy(rows.parents, numpy_.uint8, kKeyBytes),
@@ -334,7 +345,8 @@ class PyIndex {
 
   class Keys {
    public:
-    Keys(const PyIndex& owner, nb::object keys, const char* name) : view_(checked(owner, keys, name)) {
+    Keys(const PyIndex& owner, nb::handle keys, const char* name)
+        : view_(checked(owner, keys, name), owner.numpy_.contiguous) {
       if (!view_.holds('B')) raise("KeyTypeError", std::string(name) + " are of another dtype: pass a uint8 array (n, 32)");
       if (view_.dimensions() != 2 || view_.size(1) != Py_ssize_t(kKeyBytes)) {
         raise("KeyInputError", std::string(name) + " have another shape: pass (n, 32)");
@@ -345,14 +357,34 @@ class PyIndex {
     uint32_t count() const { return uint32_t(view_.size(0)); }
 
    private:
-    nb::handle checked(const PyIndex& owner, nb::object keys, const char* name) {
+    static nb::handle checked(const PyIndex& owner, nb::handle keys, const char* name) {
       if (PyObject_IsInstance(keys.ptr(), owner.numpy_.array.ptr()) != 1) {
         raise("KeyTypeError", std::string(name) + " are " + name_of_type(keys) + ": pass a uint8 array (n, 32)");
       }
-      held_ = owner.contiguous_of(keys);
-      return held_;
+      return keys;
     }
-    nb::object held_;
+    View view_;
+  };
+
+  class Integers {
+   public:
+    Integers(const PyIndex& owner, nb::handle values, uint32_t count, const char* name)
+        : view_(checked(owner, values, count, name), owner.numpy_.contiguous) {
+      if (!view_.holds_int64() || view_.dimensions() != 1 || view_.size(0) != Py_ssize_t(count)) {
+        refuse(name, "of another dtype or shape", count);
+      }
+    }
+    const int64_t* data() const { return view_.data<int64_t>(); }
+
+   private:
+    static nb::handle checked(const PyIndex& owner, nb::handle values, uint32_t count, const char* name) {
+      if (PyObject_IsInstance(values.ptr(), owner.numpy_.array.ptr()) != 1) refuse(name, name_of_type(values), count);
+      return values;
+    }
+    [[noreturn]] static void refuse(const char* name, const std::string& what, uint32_t count) {
+      throw nb::value_error(
+          (std::string(name) + " are " + what + ": pass int64 (" + std::to_string(count) + ",)").c_str());
+    }
     View view_;
   };
 
@@ -379,27 +411,30 @@ class PyIndex {
     return all;
   }
 
-  static std::string root_of(nb::handle root) {
+  static Root root_of(nb::handle root) {
     if (!PyBytes_Check(root.ptr())) raise("KeyTypeError", "root is " + name_of_type(root) + ": pass bytes");
     if (PyBytes_GET_SIZE(root.ptr()) != Py_ssize_t(kKeyBytes)) {
       raise("KeyInputError", "root has " + std::to_string(PyBytes_GET_SIZE(root.ptr())) + " bytes: pass 32");
     }
-    return {PyBytes_AS_STRING(root.ptr()), kKeyBytes};
-  }
-
-  std::string known(nb::handle root) {
-    std::string name = root_of(root);
-    translate([&] { index_.check_namespace(name, false); });
-    return name;
-  }
-  std::string live(nb::handle root) {
-    std::string name = root_of(root);
-    translate([&] { index_.check_namespace(name, true); });
+    Root name;
+    std::memcpy(name.data(), PyBytes_AS_STRING(root.ptr()), kKeyBytes);
     return name;
   }
 
-  void column(const std::string& name, int64_t tier, int64_t group) {
-    translate([&] { index_.check_column(name, unsigned_of(tier), unsigned_of(group)); });
+  Index::Tree known(nb::handle root) {
+    const Root name = root_of(root);
+    Index::Tree tree{};
+    translate([&] { tree = index_.tree(name); });
+    return tree;
+  }
+  Index::Tree live(nb::handle root) {
+    const Index::Tree tree = known(root);
+    translate([&] { Index::check_alive(tree); });
+    return tree;
+  }
+
+  void column(const Index::Tree& tree, int64_t tier, int64_t group) {
+    translate([&] { index_.check_column(tree, unsigned_of(tier), unsigned_of(group)); });
   }
 
   static void range(int64_t start, int64_t stop, int64_t keys) {
@@ -408,44 +443,20 @@ class PyIndex {
                            std::to_string(keys) + " keys: 0 <= start <= stop <= " + std::to_string(keys) + " must hold").c_str());
   }
 
-  View integers(nb::handle values, uint32_t count, const char* name) const {
-    const std::string fix = ": pass int64 (" + std::to_string(count) + ",)";
-    if (PyObject_IsInstance(values.ptr(), numpy_.array.ptr()) != 1) {
-      throw nb::value_error((std::string(name) + " are " + name_of_type(values) + fix).c_str());
-    }
-    nb::object held = contiguous_of(values);
-    {
-      const View view(held);
-      if (!view.holds_int64() || view.dimensions() != 1 || view.size(0) != Py_ssize_t(count)) {
-        throw nb::value_error((std::string(name) + " are of another dtype or shape" + fix).c_str());
-      }
-    }
-    return View(held);
-  }
-
-  // The array itself, unless its elements do not lie one behind the other.
-  nb::object contiguous_of(nb::handle array) const {
-    Py_buffer probe;
-    if (PyObject_GetBuffer(array.ptr(), &probe, PyBUF_FORMAT | PyBUF_STRIDES) != 0) throw nb::python_error();
-    const bool is = PyBuffer_IsContiguous(&probe, 'C') != 0;
-    PyBuffer_Release(&probe);
-    return is ? nb::borrow(array) : numpy_.contiguous(array);
-  }
-
   // Negative numbers of tiers, groups and classes are out of every range.
   static uint32_t unsigned_of(int64_t number) {
     return number < 0 || number >= int64_t(kNone) ? kNone : uint32_t(number);
   }
 
   void change_pins(nb::handle root, nb::object keys, int64_t tier, int64_t group, int64_t start, int64_t stop,
-                   void (Index::*change)(const std::string&, const uint8_t*, uint32_t, uint32_t, uint32_t, uint32_t)) {
+                   void (Index::*change)(Index::Tree, const uint8_t*, uint32_t, uint32_t, uint32_t, uint32_t)) {
     Guard guard(*this);
-    const std::string name = known(root);
+    const Index::Tree tree = known(root);
     Keys view(*this, keys, "keys");
-    column(name, tier, group);
+    column(tree, tier, group);
     range(start, stop, view.count());
     translate([&] {
-      (index_.*change)(name, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop));
+      (index_.*change)(tree, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop));
     });
   }
 

@@ -4,14 +4,20 @@ namespace flexkv::index {
 
 namespace {
 
-std::string short_name(const std::string& root) {
+std::string short_name(const uint8_t* root) {
   static const char kDigits[] = "0123456789abcdef";
   std::string text;
-  for (size_t i = 0; i < root.size() && i < 8; ++i) {
-    text += kDigits[uint8_t(root[i]) >> 4];
-    text += kDigits[uint8_t(root[i]) & 15];
+  for (size_t i = 0; i < 8; ++i) {
+    text += kDigits[root[i] >> 4];
+    text += kDigits[root[i] & 15];
   }
   return text + "...";
+}
+
+Root root_of(const Space& space) {
+  Root root;
+  std::memcpy(root.data(), space.root, kKeyBytes);
+  return root;
 }
 
 }  // namespace
@@ -27,28 +33,25 @@ Index::Index(uint32_t tiers, std::vector<Policy> policies) {
 
 // ---------------------------------------------------------------- namespaces
 
-const Index::Tree& Index::tree(const std::string& root) const {
+Index::Tree Index::tree(const Root& root) const {
   const auto found = spaces_.find(root);
   if (found == spaces_.end()) {
-    throw UnknownNamespace("namespace " + short_name(root) + " is not in the index: add it first");
+    throw UnknownNamespace("namespace " + short_name(root.data()) + " is not in the index: add it first");
   }
   return found->second;
 }
 
-void Index::check_namespace(const std::string& root, bool alive) const {
-  if (tree(root).space->retired && alive) {
-    throw UnknownNamespace("namespace " + short_name(root) + " was reset: nothing can be added to it");
-  }
+void Index::check_alive(const Tree& tree) {
+  if (!tree.space->retired) return;
+  throw UnknownNamespace("namespace " + short_name(tree.space->root) + " was reset: nothing can be added to it");
 }
 
-void Index::add_namespace(const std::string& root, std::vector<Rule> rules) {
+void Index::add_namespace(const Root& root, std::vector<Rule> rules) {
   const auto found = spaces_.find(root);
   if (found != spaces_.end()) {
-    check_namespace(root, true);
-    if (found->second.space->rules != rules) {
-      throw LayoutMismatch("namespace " + short_name(root) + " was added with other groups: use another namespace");
-    }
-    return;
+    check_alive(found->second);
+    if (found->second.space->rules == rules) return;
+    throw LayoutMismatch("namespace " + short_name(root.data()) + " was added with other groups: use another namespace");
   }
   std::unique_ptr<Forest>& forest = forests_[rules.size()];
   if (!forest) forest = std::make_unique<Forest>(shared_, uint32_t(rules.size()));
@@ -56,19 +59,19 @@ void Index::add_namespace(const std::string& root, std::vector<Rule> rules) {
   for (const Rule& rule : rules) {
     for (uint32_t tier = 0; tier < shared_.tiers; ++tier) contests.push_back(&contests_[{tier, rule.slot_classes[tier]}]);
   }
-  Space& space = forest->add_space(reinterpret_cast<const uint8_t*>(root.data()), std::move(rules), std::move(contests));
+  Space& space = forest->add_space(root.data(), std::move(rules), std::move(contests));
   spaces_.emplace(root, Tree{forest.get(), &space});
 }
 
-void Index::retire_namespace(const std::string& root) {
-  const Tree& found = tree(root);
+void Index::retire_namespace(const Root& root) {
+  const Tree found = tree(root);
   if (!found.space->retired) found.forest->retire(*found.space);
   forget_if_over(found);
 }
 
 void Index::forget_if_over(const Tree& over) {
   if (!over.space->retired || over.space->copies != 0) return;
-  const std::string root(reinterpret_cast<const char*>(over.space->root), kKeyBytes);
+  const Root root = root_of(*over.space);
   over.forest->free_space(*over.space);
   spaces_.erase(root);
 }
@@ -93,8 +96,7 @@ Ghost* Index::ghost(uint32_t tier) { return ghosts_[tier].get(); }
 
 // ---------------------------------------------------------------- reading
 
-Index::Walked Index::match(const std::string& root, const uint8_t* keys, uint32_t count) {
-  const Tree& found = tree(root);
+Index::Walked Index::match(Tree found, const uint8_t* keys, uint32_t count) {
   const uint32_t groups = uint32_t(found.space->rules.size());
   const uint32_t known = found.space->retired ? 0 : found.forest->walk(*found.space, keys, count, path_);
   return {found.forest, found.space, known, groups};
@@ -106,9 +108,8 @@ uint32_t Index::fill(const Walked& walked, uint8_t* tiers, int64_t* slots) {
   return walked.forest->covered(*walked.space, path_, walked.known, tiers);
 }
 
-void Index::residency(const std::string& root, const uint8_t* keys, uint32_t count, uint32_t tier, uint32_t group,
+void Index::residency(Tree found, const uint8_t* keys, uint32_t count, uint32_t tier, uint32_t group,
                       int64_t* slots) {
-  const Tree& found = tree(root);
   const uint32_t number = column(found, tier, group);
   found.forest->walk(*found.space, keys, count, path_);
   found.forest->fill_residency(path_, number, count, slots);
@@ -119,8 +120,7 @@ uint64_t Index::count(uint32_t tier) const {
   return shared_.counts[tier];
 }
 
-Forest::CopyRows Index::copies(const std::string& root, uint32_t tier, uint32_t group) {
-  const Tree& found = tree(root);
+Forest::CopyRows Index::copies(Tree found, uint32_t tier, uint32_t group) {
   Forest::CopyRows rows;
   found.forest->copies(*found.space, column(found, tier, group), rows);
   return rows;
@@ -147,16 +147,14 @@ Statistics Index::statistics() const {
 
 // ---------------------------------------------------------------- changing
 
-void Index::touch(const std::string& root, const uint8_t* keys, uint32_t count) {
-  const Tree& found = tree(root);
+void Index::touch(Tree found, const uint8_t* keys, uint32_t count) {
   ++tick_;
   found.forest->walk(*found.space, keys, count, path_);
   found.forest->touch(*found.space, path_, tick_);
 }
 
-void Index::insert(const std::string& root, const uint8_t* keys, uint32_t count, uint32_t tier, uint32_t group,
+void Index::insert(Tree found, const uint8_t* keys, uint32_t count, uint32_t tier, uint32_t group,
                    const int64_t* slots, uint8_t* taken) {
-  const Tree& found = tree(root);
   const uint32_t number = column(found, tier, group);
   for (uint32_t i = 0; i < count; ++i) {
     if (slots[i] < kNoSlot || slots[i] > kMaxSlot) {
@@ -169,9 +167,8 @@ void Index::insert(const std::string& root, const uint8_t* keys, uint32_t count,
   if (count != 0) found.forest->insert(*found.space, keys, count, number, slots, taken, tick_, ghost(tier));
 }
 
-void Index::remove(const std::string& root, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
+void Index::remove(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
                    uint32_t stop, int64_t* slots) {
-  const Tree found = tree(root);
   const uint32_t number = column(found, tier, group);
   std::fill(slots, slots + (stop - start), kNoSlot);
   found.forest->walk(*found.space, keys, stop, path_);
@@ -183,8 +180,7 @@ void Index::remove(const std::string& root, const uint8_t* keys, uint32_t tier, 
   forget_if_over(found);
 }
 
-Forest::RemovedRows Index::remove_subtree(const std::string& root, const uint8_t* keys, uint32_t count) {
-  const Tree found = tree(root);
+Forest::RemovedRows Index::remove_subtree(Tree found, const uint8_t* keys, uint32_t count) {
   Forest::RemovedRows rows;
   if (!found.forest->remove_subtree(*found.space, keys, count, rows)) {
     throw ArgumentError("a copy in the subtree is pinned: unpin it first");
@@ -193,9 +189,8 @@ Forest::RemovedRows Index::remove_subtree(const std::string& root, const uint8_t
   return rows;
 }
 
-void Index::pin(const std::string& root, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
+void Index::pin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
                 uint32_t stop) {
-  const Tree& found = tree(root);
   const uint32_t number = column(found, tier, group);
   found.forest->walk(*found.space, keys, stop, path_);
   if (!found.forest->holds(path_, number, start, stop)) {
@@ -205,9 +200,8 @@ void Index::pin(const std::string& root, const uint8_t* keys, uint32_t tier, uin
   found.forest->pin(path_, number, start, stop, 1);
 }
 
-void Index::unpin(const std::string& root, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
+void Index::unpin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
                   uint32_t stop) {
-  const Tree& found = tree(root);
   const uint32_t number = column(found, tier, group);
   const uint32_t known = found.forest->walk(*found.space, keys, stop, path_);
   if ((start < stop && known < stop) || !found.forest->pinned(path_, number, start, stop, true)) {
@@ -217,9 +211,8 @@ void Index::unpin(const std::string& root, const uint8_t* keys, uint32_t tier, u
   found.forest->pin(path_, number, start, stop, -1);
 }
 
-void Index::recover(const std::string& root, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,
+void Index::recover(Tree found, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,
                     const uint8_t* parents, const int64_t* depths, const int64_t* slots, uint8_t* taken) {
-  const Tree& found = tree(root);
   const uint32_t number = column(found, tier, group);
   for (uint32_t i = 0; i < count; ++i) {
     if (slots[i] < 0 || slots[i] > kMaxSlot) {
@@ -338,18 +331,18 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
     ++row;
   }
   if (ghosts_[tier]) ghosts_[tier]->shrink(copies);
-  std::vector<std::string> over;
+  std::vector<Root> over;
   for (auto& [groups, forest] : forests_) {
     for (const Step& step : steps_) {
       if (step.forest == forest.get()) forest->mark_dirty(step.node, dirty_);
     }
     for (NodeId id : dirty_) {
       const Space& space = forest->space_of(id);
-      if (space.retired && space.copies == 0) over.emplace_back(reinterpret_cast<const char*>(space.root), kKeyBytes);
+      if (space.retired && space.copies == 0) over.push_back(root_of(space));
     }
     forest->prune(dirty_);
   }
-  for (const std::string& root : over) {
+  for (const Root& root : over) {
     if (has_namespace(root)) forget_if_over(tree(root));
   }
   return true;
