@@ -32,6 +32,7 @@ from flexkv_core.backend import Batch, Capabilities, Listing, Status
 logger = logging.getLogger("flexkv.tier")
 
 RECEIVE_BYTES = 1 << 18
+HUNG_UP = "its process closed the socket"
 STEADY_S = 30.0
 """A process that was ready this long has recovered: the next failure starts at the shortest back-off."""
 
@@ -252,7 +253,7 @@ class TierLink:
             data = process.socket.recv(RECEIVE_BYTES)
             if not data:
                 self._loop.remove_reader(process.socket.fileno())
-                self._kill("its process closed the socket")
+                self._kill(HUNG_UP)
                 return
             for body in process.reader.feed(data):
                 self._handle(wire.parse_to_core(body))
@@ -329,8 +330,8 @@ class TierLink:
         self._process = None
         if self._timer is not None:
             self._timer.cancel()
-        if not process.killed and self.state != "closed":
-            self.last_error = f"its process ended with {code}"
+        if self.state != "closed" and (not process.killed or (self.last_error == HUNG_UP and code != -signal.SIGKILL)):
+            self.last_error = f"its process ended with {_spelled(code)}"
         for number in list(self._calls):
             self._finish(number, None)
         if self._gone is not None and not self._gone.done():
@@ -376,3 +377,12 @@ class TierLink:
         self._kill("closing")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._gone), 1.0)
+
+
+def _spelled(code: int) -> str:
+    """An exit status for people: `subprocess` gives signals as negative numbers."""
+    if code >= 0:
+        return f"exit status {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
