@@ -275,6 +275,7 @@ def test_a_crash_in_the_backend(bench: Bench) -> None:
     link = bench.link(config={"crash": True})
     until(lambda: link.state == "ready")
     assert bench.call(link, "write", batch([1, 2])) == [Status.FAILED] * 2
+    assert link.last_error == "its process ended with SIGABRT"
     until(lambda: link.state == "ready")
     assert link.restarts == 1
     assert bench.call(link, "read", batch([1])) == [Status.MISSING]
