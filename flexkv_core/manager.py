@@ -149,9 +149,15 @@ class KVCacheManager:
             device: needed for `load` and `store`; its blocks must have the model's bytes.
 
         Raises:
-            LayoutError: a block does not fit in a tier, or the device's blocks have other sizes.
+            LayoutError: a block does not fit in a tier, the device's blocks have other sizes, or the stack names
+                another block size.
         """
         self._check_open()
+        if self._stack.block_size not in (None, model.block_size):
+            raise LayoutError(
+                f"model {model.model!r}: block_size {model.block_size}, but the stack says {self._stack.block_size}: "
+                "make them equal, or leave it out of the stack"
+            )
         namespace = Namespace.of(model)
         if device is not None:
             _check_device(device, model)
@@ -179,11 +185,13 @@ class KVCacheManager:
     def fetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
-        Returns at once. At the deadline the fetch is done with what is ready; later blocks are kept for others.
-        A prefix longer than host memory can hold beside other pins is truncated.
+        Returns at once. At the deadline, seconds from now (less than 0 counts as 0), the fetch is done with what is
+        ready; later blocks are kept for others. A prefix longer than host memory can hold beside other pins is
+        truncated.
         """
         self._check_open()
         keys = _checked_keys(keys)
+        deadline_s = max(0.0, float(deadline_s))  # in this order, so that NaN is 0: it would confuse the loop's timers
         fetch = Fetch(self._release)
         self._scheduler.call(self._begin_fetch, fetch, namespace.root, keys, deadline_s)
         return fetch
@@ -269,7 +277,7 @@ class KVCacheManager:
             slots = plan.slots[group, : len(blocks)]
             chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
             jobs.append((group, slots[chosen] * PAGE, blocks[chosen]))
-            _check_blocks(device, group, blocks[chosen])
+            _check_blocks(device, group, blocks)
         transfer = Transfer()
         count = sum(len(blocks) for _, _, blocks in jobs)
 
