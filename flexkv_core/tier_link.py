@@ -223,7 +223,10 @@ class TierLink:
     def _finish(self, number: int, answer: bytes | None) -> None:
         pending = self._calls.pop(number)
         pending.deadline.cancel()
-        pending.answer(answer)
+        try:
+            pending.answer(answer)
+        except Exception:  # a bug of the caller's must not keep other calls, or the tier's return, from happening
+            logger.exception("%s: taking an answer failed", self.settings.name)
 
     # ---------------------------------------------------------------- the socket
 
@@ -332,6 +335,8 @@ class TierLink:
             self._timer.cancel()
         if self.state != "closed" and (not process.killed or (self.last_error == HUNG_UP and code != -signal.SIGKILL)):
             self.last_error = f"its process ended with {_spelled(code)}"
+        if self.state != "closed":
+            self.state = "backoff"  # before the answers: whoever gets one may call again at once
         for number in list(self._calls):
             self._finish(number, None)
         if self._gone is not None and not self._gone.done():

@@ -142,5 +142,6 @@ def test_kill_9_of_the_tier_process_at_random_times(tmp_path: Path) -> None:
     assert found["exit_code"] == 0
     assert found["wrong_blocks"] == 0
     assert found["requests"] == int(limit)
+    assert found["notes"] == [], "no call was left without an answer"
     assert found["tiers"]["directory"]["restarts"] >= 1
     assert not tier_processes()
