@@ -246,8 +246,8 @@ class TierLink:
         except BlockingIOError:
             self._loop.add_writer(process.socket.fileno(), self._flush, process)
             return
-        except OSError as error:
-            self._kill(f"its socket broke: {error}")
+        except OSError:
+            self._kill(HUNG_UP)
             return
         self._loop.remove_writer(process.socket.fileno())
 
@@ -262,7 +262,9 @@ class TierLink:
                 self._handle(wire.parse_to_core(body))
         except BlockingIOError:
             return
-        except (OSError, wire.WireError) as error:
+        except OSError:  # reset: it died with something of ours unread
+            self._kill(HUNG_UP)
+        except wire.WireError as error:
             self._kill(f"it broke the protocol: {error}")
 
     def _handle(self, message: wire.ToCore) -> None:
