@@ -25,15 +25,15 @@ check: $(VENV)/.test ## Lint, format, types, import direction
 soak: $(VENV)/.test ## The long counts of kills, faults and steps
 	FLEXKV_SOAK=1 $(BIN)/python -m pytest -q -s -m soak
 
-bench: $(VENV)/.test ## All benchmarks, figures as JSON in out/
-	mkdir -p out
-	for b in keys host_copy; do $(BIN)/python benchmarks/$$b.py --json out/$$b.json; done
+bench: $(VENV)/.test ## All benchmarks, figures in out/benchmarks.json
+	for b in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
+	  $(BIN)/python $$b --json out/benchmarks.json || exit 1; done
 
 clean: ## Remove what set-up and builds have made
 	rm -rf $(VENV) build out
 
 $(VENV)/.built: $(NATIVE) requirements/build.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -q -r requirements/build.txt
 	$(PIP) install -q --no-build-isolation -e .
 	for b in backends/*/pyproject.toml; do $(PIP) install -q --no-build-isolation -e $$(dirname $$b) || exit 1; done

@@ -84,6 +84,6 @@ class Transfer:
         return self._event.wait(timeout_s)
 
     def settle(self, blocks: int, error: str | None = None) -> None:
-        """Mark done (owner thread)."""
+        """Mark done: once, by the owner thread or the thread that copied."""
         self.blocks, self.error, self.done = blocks, error, True
         self._event.set()

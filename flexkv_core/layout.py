@@ -216,20 +216,22 @@ def _runs_of(number: int, tensor: Any, block_axis: int) -> tuple[int, int, npt.N
 def _geometry(number: int, tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     """Return address, shape, strides in bytes and bytes an element."""
     if all(hasattr(tensor, name) for name in ("data_ptr", "stride", "element_size")):  # torch
-        item = int(tensor.element_size())
-        return (
-            int(tensor.data_ptr()),
-            tuple(tensor.shape),
-            tuple(int(s) * item for s in tensor.stride()),
-            item,
-        )
+        try:
+            item = int(tensor.element_size())
+            strides = tuple(int(s) * item for s in tensor.stride())
+            return int(tensor.data_ptr()), tuple(tensor.shape), strides, item
+        except RuntimeError as error:  # sparse, quantized and the like
+            raise LayoutError(f"tensor {number}: is not plain strided memory: {error}") from error
     interface = getattr(tensor, "__array_interface__", None)
     if interface is None or interface.get("data") is None:
         raise LayoutError(f"tensor {number}: a {type(tensor).__name__} has neither data_ptr nor __array_interface__")
     address, read_only = interface["data"]
     if read_only:
         raise LayoutError(f"tensor {number}: is read-only; blocks are also loaded into it")
-    shape, item = tuple(interface["shape"]), np.dtype(interface["typestr"]).itemsize
+    dtype = np.dtype(interface["typestr"])
+    if dtype.hasobject:
+        raise LayoutError(f"tensor {number}: dtype {dtype} holds references to objects, not bytes")
+    shape, item = tuple(interface["shape"]), dtype.itemsize
     strides = interface.get("strides")
     if strides is None:
         strides = tuple(item * math.prod(shape[i + 1 :]) for i in range(len(shape)))

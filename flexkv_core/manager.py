@@ -7,7 +7,9 @@ lives and the handles that callers hold. Errors of storage never come out of it:
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,10 @@ logger = logging.getLogger("flexkv.manager")
 
 DEFAULT_FETCH_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 5.0
+CLOSE_SHARE = 0.8
+"""Of the time that is left to close a tier; what remains of it is for killing and reaping one that hangs."""
+SEAL_THREADS = 4
+"""At most so many threads seal one store's blocks, and no more than this process may use."""
 MAX_PENDING_STORES = 1024
 """Stores whose copy has not ended; more are refused, so that a caller who never waits stays bounded."""
 
@@ -60,6 +66,7 @@ class KVCacheManager:
         self._fetches: set[Fetch] = set()
         self._pending_stores = 0
         self._refused_stores = 0
+        self._seal_threads = min(SEAL_THREADS, len(os.sched_getaffinity(0)))
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
@@ -142,9 +149,15 @@ class KVCacheManager:
             device: needed for `load` and `store`; its blocks must have the model's bytes.
 
         Raises:
-            LayoutError: a block does not fit in a tier, or the device's blocks have other sizes.
+            LayoutError: a block does not fit in a tier, the device's blocks have other sizes, or the stack names
+                another block size.
         """
         self._check_open()
+        if self._stack.block_size not in (None, model.block_size):
+            raise LayoutError(
+                f"model {model.model!r}: block_size {model.block_size}, but the stack says {self._stack.block_size}: "
+                "make them equal, or leave it out of the stack"
+            )
         namespace = Namespace.of(model)
         if device is not None:
             _check_device(device, model)
@@ -172,11 +185,13 @@ class KVCacheManager:
     def fetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
-        Returns at once. At the deadline the fetch is done with what is ready; later blocks are kept for others.
-        A prefix longer than host memory can hold beside other pins is truncated.
+        Returns at once. At the deadline, seconds from now (less than 0 counts as 0), the fetch is done with what is
+        ready; later blocks are kept for others. A prefix longer than host memory can hold beside other pins is
+        truncated.
         """
         self._check_open()
         keys = _checked_keys(keys)
+        deadline_s = max(0.0, float(deadline_s))  # in this order, so that NaN is 0: it would confuse the loop's timers
         fetch = Fetch(self._release)
         self._scheduler.call(self._begin_fetch, fetch, namespace.root, keys, deadline_s)
         return fetch
@@ -262,13 +277,14 @@ class KVCacheManager:
             slots = plan.slots[group, : len(blocks)]
             chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
             jobs.append((group, slots[chosen] * PAGE, blocks[chosen]))
-            _check_blocks(device, group, blocks[chosen])
+            _check_blocks(device, group, blocks)
         transfer = Transfer()
         count = sum(len(blocks) for _, _, blocks in jobs)
 
         def copy() -> None:
             for group, offsets, blocks in jobs:
                 device.scatter(self._region.buffer, offsets, blocks, group)
+            transfer.settle(count)  # from the copy thread: the caller need not wait for the books below
 
         def done(_: Any, error: BaseException | None) -> None:
             fetch.loads -= 1
@@ -276,7 +292,7 @@ class KVCacheManager:
                 self._unpin(fetch)
             if error is not None:
                 logger.error("a load failed", exc_info=error)
-            transfer.settle(0 if error else count, str(error) if error else None)
+                transfer.settle(0, str(error))
 
         def start() -> None:
             if fetch.released:
@@ -342,8 +358,9 @@ class KVCacheManager:
                     writes = self._planner.commit_store(plan)
             if error is not None:
                 logger.error("a store failed", exc_info=error)
-            self._scheduler.submit_writes(writes)
+            # First, because the blocks are committed: that they also sink is nobody's wait.
             transfer.settle(0 if error else len(plan.positions), str(error) if error else None)
+            self._scheduler.submit_writes(writes)
 
         if len(plan.positions):
             self._scheduler.run_copy(copy, done)
@@ -362,6 +379,7 @@ class KVCacheManager:
             plan.payload_bytes,
             plan.keys[plan.positions],
             plan.groups,
+            threads=self._seal_threads,
         )
 
     def _device(self, root: bytes) -> Device:
@@ -382,7 +400,18 @@ class KVCacheManager:
         return self._scheduler.drain(timeout_s)
 
     def stats(self) -> dict[str, Any]:
-        """Figures since the manager was opened; see manager.md in the docs for the meaning of each."""
+        """Figures since the manager was opened, as plain data.
+
+        Returns a mapping with
+            tiers: by tier name, in the stack's order, the counters of `TierBook.figures` (blocks and bytes
+                read, written, stored, evicted, hit, corrupt, failed, dropped) and of its process: `state`
+                ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
+                (None where there is none).
+            fetches, pending_stores: under way now.
+            refused_blocks: blocks of stores for which host memory had no room that is not pinned.
+            refused_stores: stores refused because `MAX_PENDING_STORES` were under way.
+            verify: whether seals are checked.
+        """
         with self._lock:
             queues = self._scheduler.queues()
             tiers = {}
@@ -405,15 +434,18 @@ class KVCacheManager:
             }
 
     def close(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Write down what is queued while the deadline allows, then stop. Returns within the deadline, about.
+        """Write down what is queued for half of the deadline at most, then stop. Returns within the deadline, for
+        which a tier that does not end by itself is killed before it is over.
 
         What a tier had not yet taken is lost; what it had committed stays, if it is persistent. Safe to call twice.
         """
         if self._closed:
             return
         self._closed = True
+        started = time.monotonic()
         self._scheduler.drain(deadline_s / 2)
-        clean = self._scheduler.close(deadline_s / 2)
+        rest = deadline_s - (time.monotonic() - started)
+        clean = self._scheduler.close(CLOSE_SHARE * max(rest, 0.0))
         for fetch in list(self._fetches):
             fetch.settle()
         self._fetches.clear()

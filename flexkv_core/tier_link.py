@@ -32,6 +32,7 @@ from flexkv_core.backend import Batch, Capabilities, Listing, Status
 logger = logging.getLogger("flexkv.tier")
 
 RECEIVE_BYTES = 1 << 18
+HUNG_UP = "its process closed the socket"
 STEADY_S = 30.0
 """A process that was ready this long has recovered: the next failure starts at the shortest back-off."""
 
@@ -222,7 +223,10 @@ class TierLink:
     def _finish(self, number: int, answer: bytes | None) -> None:
         pending = self._calls.pop(number)
         pending.deadline.cancel()
-        pending.answer(answer)
+        try:
+            pending.answer(answer)
+        except Exception:  # a bug of the caller's must not keep other calls, or the tier's return, from happening
+            logger.exception("%s: taking an answer failed", self.settings.name)
 
     # ---------------------------------------------------------------- the socket
 
@@ -242,8 +246,8 @@ class TierLink:
         except BlockingIOError:
             self._loop.add_writer(process.socket.fileno(), self._flush, process)
             return
-        except OSError as error:
-            self._kill(f"its socket broke: {error}")
+        except OSError:
+            self._kill(HUNG_UP)
             return
         self._loop.remove_writer(process.socket.fileno())
 
@@ -252,13 +256,15 @@ class TierLink:
             data = process.socket.recv(RECEIVE_BYTES)
             if not data:
                 self._loop.remove_reader(process.socket.fileno())
-                self._kill("its process closed the socket")
+                self._kill(HUNG_UP)
                 return
             for body in process.reader.feed(data):
                 self._handle(wire.parse_to_core(body))
         except BlockingIOError:
             return
-        except (OSError, wire.WireError) as error:
+        except OSError:  # reset: it died with something of ours unread
+            self._kill(HUNG_UP)
+        except wire.WireError as error:
             self._kill(f"it broke the protocol: {error}")
 
     def _handle(self, message: wire.ToCore) -> None:
@@ -329,8 +335,10 @@ class TierLink:
         self._process = None
         if self._timer is not None:
             self._timer.cancel()
-        if not process.killed and self.state != "closed":
-            self.last_error = f"its process ended with {code}"
+        if self.state != "closed" and (not process.killed or (self.last_error == HUNG_UP and code != -signal.SIGKILL)):
+            self.last_error = f"its process ended with {_spelled(code)}"
+        if self.state != "closed":
+            self.state = "backoff"  # before the answers: whoever gets one may call again at once
         for number in list(self._calls):
             self._finish(number, None)
         if self._gone is not None and not self._gone.done():
@@ -376,3 +384,12 @@ class TierLink:
         self._kill("closing")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._gone), 1.0)
+
+
+def _spelled(code: int) -> str:
+    """An exit status for people: `subprocess` gives signals as negative numbers."""
+    if code >= 0:
+        return f"exit status {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"

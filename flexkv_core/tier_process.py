@@ -1,7 +1,7 @@
 """The tier process: one backend, run for the core at the other end of a socket.
 
-Started by `tier_link.py` as ``python -m flexkv_core.tier_process SOCKET_FD REGION_FD``. Maps the host region, opens
-the backend, runs calls on as many threads as the backend allows, and dies with its parent.
+Started by `tier_link.py` as ``python -m flexkv_core.tier_process SOCKET_FD REGION_FD PARENT_PID``. Maps the host
+region, opens the backend, runs calls on as many threads as the backend allows, and dies with its parent.
 """
 
 from __future__ import annotations

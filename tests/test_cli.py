@@ -19,7 +19,15 @@ from flexkv_core.cli.main import main
 from flexkv_core.cli.plot import PlotError, check_plot, draw
 from flexkv_core.cli.replay import parse_size, replay
 from flexkv_core.cli.report import TIER_FIELDS, Recorder, make_report, make_timeline, print_report
-from flexkv_core.cli.runners import BytesRunner, DevicePages, Keys, Served, SimulatedRunner, await_tiers
+from flexkv_core.cli.runners import (
+    START_ATTEMPTS,
+    BytesRunner,
+    DevicePages,
+    Keys,
+    Served,
+    SimulatedRunner,
+    await_tiers,
+)
 from flexkv_core.cli.trace import TraceRequest
 from flexkv_core.errors import HostMemoryError, LayoutError, StateError
 from flexkv_core.models import geometry_from_config, known_models, resolve_model, synthetic_geometry
@@ -195,8 +203,14 @@ def test_draining_is_given_up_once_and_noted() -> None:
 
 
 def test_a_tier_that_does_not_open_is_noted() -> None:
-    manager = SimpleNamespace(stats=lambda: {"tiers": {"cpu": {"state": "ready"}, "s3": {"state": "starting"}}})
-    assert await_tiers(manager, timeout_s=0.05) == ["0 s after opening, tier s3 is starting"]
+    s3 = {"state": "starting", "restarts": 0, "last_error": None}
+    manager = SimpleNamespace(stats=lambda: {"tiers": {"cpu": {"state": "ready"}, "s3": s3}})
+    (note,) = await_tiers(manager, timeout_s=0.05)
+    assert note == "tier s3 does not open and is a miss: its backend has not answered yet"
+    s3.update(state="backoff", restarts=START_ATTEMPTS, last_error="no such bucket")
+    asked = iter([{"tiers": {"cpu": {"state": "ready"}, "s3": s3}}])  # once only: it is not waited for
+    (note,) = await_tiers(SimpleNamespace(stats=lambda: next(asked)), timeout_s=3600.0)
+    assert note == "tier s3 does not open and is a miss: no such bucket"
     assert await_tiers(StandIn(DevicePages.allocate(GEOMETRY, BLOCK_SIZE, 1))) == []
 
 

@@ -180,6 +180,8 @@ def test_foreign_tensors() -> None:
         ([np.zeros(())], 0, "tensor 0: has no axis 0"),
         ([np.zeros((2, 3))], [0, 0], "block_axis: 2 axes for 1 tensors"),
         ([b"bytes"], 0, "tensor 0: a bytes has neither"),
+        ([np.array([[object()]] * 2)], 0, "tensor 0: dtype object holds references"),
+        ([torch.eye(2).to_sparse()], 0, "tensor 0: is not plain strided memory"),
     ],
 )
 def test_tensors_that_cannot_be_served(tensors: list[Any], axis: Any, message: str) -> None:

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from helpers import SLOT_BYTES, Engine, prompt, stack
 
-from flexkv_core.errors import KeyInputError, KeyTypeError, ManagerClosedError, StateError, UnknownNamespaceError
+from flexkv_core.errors import (
+    KeyInputError,
+    KeyTypeError,
+    LayoutError,
+    ManagerClosedError,
+    StateError,
+    UnknownNamespaceError,
+)
 from flexkv_core.layout import KVGroup, ModelSpec
 from flexkv_core.manager import KVCacheManager
 
@@ -160,6 +167,10 @@ def test_a_fetch_past_its_deadline_is_done_with_what_is_in_hand(tmp_path: Path) 
             assert manager.drain(10)
         assert manager.lookup(engine.namespace, engine.keys(prompt(0, 8))).blocks == 8
         assert engine.load(engine.keys(prompt(0, 8)), deadline_s=0.2)[0] == 0
+        for deadline_s in (float("nan"), -1.0):
+            fetch = manager.fetch(engine.namespace, engine.keys(prompt(1, 8)), deadline_s=deadline_s)
+            assert fetch.wait(20), deadline_s
+            fetch.release()
         manager.close(1.0)
 
 
@@ -218,8 +229,15 @@ def test_bad_calls_say_what_is_wrong(tmp_path: Path) -> None:
         stranger = manager.register(ModelSpec("stranger", 16, (KVGroup(4096),)))
         with pytest.raises(StateError, match="device"):
             manager.store(stranger, keys, np.arange(4, dtype=np.int64))
+        with pytest.raises(LayoutError, match="block_size 32, but the stack says 16"):
+            manager.register(ModelSpec("other", 32, (KVGroup(4096),)))
+        engine.store(keys)
+        with pytest.raises(ValueError, match="soon"):
+            manager.fetch(engine.namespace, keys, deadline_s="soon")  # type: ignore[arg-type]
         fetch = manager.fetch(engine.namespace, keys)
         assert fetch.wait(5)
+        with pytest.raises(KeyInputError, match="device block -2"):
+            manager.load(fetch, np.array([0, -2], np.int64))
         fetch.release()
     with pytest.raises(ManagerClosedError):
         manager.lookup(engine.namespace, keys)

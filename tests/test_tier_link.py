@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from conftest import Install
 
@@ -246,6 +247,41 @@ def test_kill_9_fails_calls_once_and_only_after_the_process_is_reaped(bench: Ben
     assert bench.states == ["ready", "backoff", "ready"]
 
 
+def test_a_call_made_by_the_answer_of_a_failed_one_is_answered_too(bench: Bench) -> None:
+    link = bench.link(config={"hang": True}, deadline_s=3600.0)
+    until(lambda: link.state == "ready")
+    answers: list[list[int]] = []
+
+    def again(statuses: npt.NDArray[np.uint8]) -> None:
+        answers.append(statuses.tolist())
+        link.submit("read", batch([2, 3]), lambda statuses: answers.append(statuses.tolist()))
+
+    bench.on_loop(lambda: link.submit("read", batch([1]), again))
+    assert link.pid is not None
+    os.kill(link.pid, signal.SIGKILL)
+    until(lambda: len(answers) == 2)
+    assert answers == [[Status.FAILED], [Status.FAILED] * 2]
+    assert bench.states[:2] == ["ready", "backoff"]
+
+
+def test_an_answer_that_raises_keeps_nobody_elses_and_the_tier_returns(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = bench.link(config={"hang": True}, deadline_s=3600.0)
+    until(lambda: link.state == "ready")
+
+    def broken(statuses: npt.NDArray[np.uint8]) -> None:
+        raise ZeroDivisionError
+
+    bench.on_loop(lambda: link.submit("read", batch([1]), broken))
+    answers = bench.begin(link, "read", batch([2]))
+    assert link.pid is not None
+    os.kill(link.pid, signal.SIGKILL)
+    until(lambda: answers == [[Status.FAILED]])
+    until(lambda: link.state == "ready" and link.restarts == 1)
+    assert "taking an answer failed" in caplog.text
+
+
 @pytest.mark.parametrize("config", [{"hang": True}, {"hog": True}], ids=["hangs", "hogs the GIL"])
 def test_a_call_past_its_deadline_gets_the_process_killed(bench: Bench, config: dict[str, bool]) -> None:
     link = bench.link(config=config, deadline_s=0.3)
@@ -275,6 +311,7 @@ def test_a_crash_in_the_backend(bench: Bench) -> None:
     link = bench.link(config={"crash": True})
     until(lambda: link.state == "ready")
     assert bench.call(link, "write", batch([1, 2])) == [Status.FAILED] * 2
+    assert link.last_error == "its process ended with SIGABRT"
     until(lambda: link.state == "ready")
     assert link.restarts == 1
     assert bench.call(link, "read", batch([1])) == [Status.MISSING]

@@ -25,6 +25,8 @@ TRANSFER_TIMEOUT_S = 60.0
 """A copy between host memory and a CPU device that takes longer will not end: the replay stops then."""
 DRAIN_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 30.0
+START_ATTEMPTS = 5
+"""Restarts (about 3 s with their back-off) after which a tier that has never opened is not waited for."""
 FETCH_GRACE_S = 1.0
 """Waited beyond a fetch's own deadline, so that it is the manager that ends a slow fetch."""
 
@@ -206,14 +208,22 @@ class BytesRunner:
             raise StateError(f"{what} failed: {transfer.error}")
 
 
+def _why(tier: Mapping[str, Any]) -> str:
+    return str(tier["last_error"] or "its backend has not answered yet")
+
+
 def await_tiers(manager: Any, timeout_s: float = START_TIMEOUT_S) -> list[str]:
-    """Wait until every tier's backend has opened, so that no early write is dropped; returns notes."""
+    """Wait until every tier's backend has opened, so that no early write is dropped.
+
+    Returns a note for each tier that has not, at the timeout or after `START_ATTEMPTS` failed restarts. The replay
+    goes on without it; it may still come up.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         tiers = manager.stats()["tiers"]
-        away = [f"{name} is {tier['state']}" for name, tier in tiers.items() if tier["state"] != "ready"]
+        away = {name: tier for name, tier in tiers.items() if tier["state"] != "ready"}
         if not away:
             return []
-        if time.monotonic() > deadline:
-            return [f"{timeout_s:.0f} s after opening, tier {text}" for text in away]
+        if time.monotonic() > deadline or all(tier["restarts"] >= START_ATTEMPTS for tier in away.values()):
+            return [f"tier {name} does not open and is a miss: {_why(tier)}" for name, tier in away.items()]
         time.sleep(0.01)

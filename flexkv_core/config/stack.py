@@ -175,7 +175,9 @@ def _validated(source: Source, path: Path_, model: type[Model], data: dict[str, 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        # An unknown key first: a misspelt one is also a missing one, and only its own name helps.
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         raise _translated(source, path, first, list(known)) from error
 
 

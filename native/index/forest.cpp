@@ -7,7 +7,7 @@ namespace flexkv::index {
 
 Forest::Forest(Shared& shared, uint32_t groups)
     : shared_(shared), groups_(groups), columns_(groups * shared.tiers),
-      stride_((sizeof(Node) + columns_ * sizeof(Column) + groups * sizeof(GroupState) + 7) / 8 * 8), tiles_(columns_) {}
+      stride_((sizeof(Node) + columns_ * sizeof(Column) + groups * sizeof(GroupState) + 7) / 8 * 8), tiles_(columns_), places_(columns_) {}
 
 Forest::~Forest() {
   for (const auto& space : spaces_) {
@@ -133,6 +133,7 @@ NodeId Forest::take_node(uint32_t space, uint32_t start) {
       void* memory = std::aligned_alloc(64, (kNodeChunk * stride_ + 63) / 64 * 64);
       if (memory == nullptr) throw std::bad_alloc();
       node_chunks_.push_back(static_cast<uint8_t*>(memory));
+      for (auto& places : places_) places.resize(node_chunks_.size() * kNodeChunk, kNone);
     }
     id = next_node_++;
   }
@@ -256,6 +257,15 @@ void Forest::extend(NodeId id, const uint8_t* keys, uint32_t count) {
   }
 }
 
+// A candidate is in another node now.
+void Forest::rename_candidate(Space& space, uint32_t column, NodeId from, NodeId to) {
+  const uint32_t place = places_[column][from];
+  if (place == kNone) return;
+  space.heaps[2 * column + (place & kSecondQueue ? 1 : 0)].rename(place & ~kSecondQueue, to);
+  places_[column][from] = kNone;
+  places_[column][to] = place;
+}
+
 void Forest::give_tile(TileId tile) {
   if (recovering_ && tile < tile_notes_.size()) tile_notes_[tile] = {};
   tiles_.give(tile);
@@ -332,12 +342,7 @@ NodeId Forest::split(NodeId id, uint32_t position) {
       tidy_extra(above);
       tidy_extra(below);
     }
-    if (below.heap_at != kNone && below.held == 0) {  // its candidate is in the head now
-      above.heap_at = below.heap_at;
-      below.heap_at = kNone;
-      CandidateHeap& heap = space.heaps[2 * column + (above.heap_at & kSecondQueue ? 1 : 0)];
-      heap.rename(above.heap_at & ~kSecondQueue, head_id);
-    }
+    if (below.held == 0) rename_candidate(space, column, id, head_id);  // where it has one, it is in the head now
   }
 
   for (uint32_t group = 0; group < groups_; ++group) {
@@ -429,11 +434,7 @@ bool Forest::try_merge(NodeId parent) {
   by_first_key_.replace(key_in(upper, 0), parent, id);
   for (uint32_t column = 0; column < columns_; ++column) {
     Column &above = columns_of(upper)[column], &below = columns_of(lower)[column];
-    if (above.heap_at != kNone) {
-      below.heap_at = above.heap_at;
-      CandidateHeap& heap = space.heaps[2 * column + (below.heap_at & kSecondQueue ? 1 : 0)];
-      heap.rename(below.heap_at & ~kSecondQueue, id);
-    }
+    rename_candidate(space, column, parent, id);
     const bool same = above.extra == kNone && below.extra == kNone && (above.held == 0 || below.held == 0 ||
                                                                        above.state() == below.state());
     if (same) {
@@ -544,7 +545,7 @@ void Forest::prune(std::vector<NodeId>& dirty) {
 
 size_t Forest::memory_bytes() const {
   size_t bytes = node_chunks_.size() * kNodeChunk * stride_ + tiles_.memory_bytes() + by_first_key_.memory_bytes() +
-                 tile_list_bytes_ + extras_.size() * sizeof(Extra) + tile_notes_.capacity() * sizeof(TileNote) +
+                 tile_list_bytes_ + columns_ * node_chunks_.size() * kNodeChunk * sizeof(uint32_t) + extras_.size() * sizeof(Extra) + tile_notes_.capacity() * sizeof(TileNote) +
                  tile_by_key_.memory_bytes() + orphans_by_parent_.memory_bytes() +
                  orphan_parents_.size() * (sizeof(Name) + 32);
   for (const Extra& extra : extras_) bytes += extra.memory_bytes();

@@ -33,7 +33,6 @@ struct Column {
   uint32_t held = 0;      // copies in this node
   uint32_t top = 0;       // one more than the position of the deepest of them
   uint32_t branches = 0;  // children whose subtree has a copy
-  uint32_t heap_at = kNone;
   uint32_t extra = kNone;
   uint32_t aux = 0;  // with the tick: the state of all copies, unless there are runs
   uint64_t tick = 0;
@@ -158,11 +157,15 @@ class Forest {
   void mark_dirty(NodeId id, std::vector<NodeId>& dirty);
   void prune(std::vector<NodeId>& dirty);
   uint8_t* key(NodeId id, uint32_t position) { return key_in(node(id), position); }
-  void prefetch(NodeId id) const;
+  void prefetch_pruning(NodeId id);
 
   // ---- asked by heaps
-  void moved(NodeId id, uint32_t column, uint32_t place) { columns(id)[column].heap_at = place; }
+  void moved(NodeId id, uint32_t column, uint32_t place) { places_[column][id] = place; }
   const uint8_t* candidate_key(NodeId id, uint32_t column) { return key(id, columns(id)[column].top - 1); }
+
+  uint32_t candidate_depth(NodeId id, uint32_t column) { return node(id).start + columns(id)[column].top - 1; }
+  void prefetch(NodeId id) const;
+  void prefetch_blocks(NodeId id);
 
   uint64_t nodes() const { return nodes_in_use_; }
   size_t memory_bytes() const;
@@ -217,6 +220,7 @@ class Forest {
   NodeId split(NodeId id, uint32_t position);
   bool try_merge(NodeId parent);
   void merge_tiles(Node& upper, Node& lower);
+  void rename_candidate(Space& space, uint32_t column, NodeId from, NodeId to);
   void give_tile(TileId tile);
   void copy_block(TileId from, uint32_t from_block, TileId to, uint32_t to_block);
   bool trim(NodeId id);
@@ -270,6 +274,9 @@ class Forest {
   Tiles tiles_;
   KeyMap by_first_key_;
   std::vector<uint8_t*> node_chunks_;
+  // By column and node: where the node's candidate stands in its heap, kNone if it has none. Apart from the nodes,
+  // because each eviction writes some of them and they are cached better so.
+  std::vector<std::vector<uint32_t>> places_;
   uint32_t next_node_ = 0;
   NodeId free_node_ = kNone;
   uint64_t nodes_in_use_ = 0;

@@ -301,6 +301,8 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
     ++shared_.visited;
     Forest& forest = heap->owner;
     const Entry top = heap->top();
+    forest.prefetch_blocks(top.node);
+    heap->prefetch_next();
     const uint32_t number = heap->column;
     const bool judged = s3fifo && contest.retired.empty() && top.rank >= kLive;
     if (judged && second_chance(*heap, contest)) continue;
@@ -334,7 +336,9 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
   std::vector<Root> over;
   for (auto& [groups, forest] : forests_) {
     for (const Step& step : steps_) {
-      if (step.forest == forest.get()) forest->mark_dirty(step.node, dirty_);
+      if (step.forest != forest.get()) continue;
+      forest->prefetch_pruning(step.node);
+      forest->mark_dirty(step.node, dirty_);
     }
     for (NodeId id : dirty_) {
       const Space& space = forest->space_of(id);

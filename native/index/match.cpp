@@ -165,7 +165,24 @@ void Forest::prefetch(NodeId id) const {
   const uint8_t* memory = reinterpret_cast<const uint8_t*>(&node(id));
   __builtin_prefetch(memory);
   __builtin_prefetch(memory + 64);
-  __builtin_prefetch(memory + 128);
+}
+
+// The last tile of a node: its candidates for eviction lie there.
+void Forest::prefetch_blocks(NodeId id) {
+  const Node& here = node(id);
+  if (here.length == 0) return;
+  const TileId tile = tile_of(here, (here.offset + here.length - 1) / Tiles::kBlocks);
+  __builtin_prefetch(tiles_.key(tile, 0));
+  __builtin_prefetch(tiles_.low(tile, 0));
+  __builtin_prefetch(tiles_.high(tile, 0));
+}
+
+// What taking a leaf out of the tree will look at.
+void Forest::prefetch_pruning(NodeId id) {
+  const Node& here = node(id);
+  if (here.next != kNone) __builtin_prefetch(&node(here.next));
+  if (here.previous != kNone) __builtin_prefetch(&node(here.previous));
+  if (here.length != 0) by_first_key_.prefetch(key_in(here, 0));
 }
 
 }  // namespace flexkv::index

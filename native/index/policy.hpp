@@ -24,6 +24,7 @@ class CustomPolicy {
 struct Policy {
   enum class Kind : uint8_t { kLru, kLfu, kSlru, kFifo, kMru, kFilo, kS3Fifo, kCustom };
   static constexpr uint32_t kMostUses = (1u << 30) - 1;
+  static constexpr uint64_t kLatest = uint64_t(1) << 62;  // lru: where rewards stop
   static constexpr uint32_t kMain = 1u << 8;  // s3fifo: in the main queue
   static constexpr uint32_t kUses = 3;        // s3fifo: mask, and the most
 
@@ -44,7 +45,7 @@ struct Policy {
   State hit(State state, uint64_t now) const {
     switch (kind) {
       case Kind::kLru:
-        state.tick = reward != 0 ? std::max(state.tick, now) + reward : now;
+        state.tick = reward != 0 ? std::min(std::max(state.tick, now) + reward, kLatest) : now;
         break;
       case Kind::kMru: state.tick = now; break;
       case Kind::kLfu:

@@ -128,14 +128,13 @@ void Forest::pin(const Path& path, uint32_t number, uint32_t start, uint32_t sto
 bool Forest::leads_to_hole(Node& here, uint32_t group) { return groups_of(here)[group].hole != GroupState::kNoHole; }
 
 void Forest::leave_heap(NodeId id, uint32_t number) {
-  Column& column = columns(id)[number];
-  if (column.heap_at == kNone) return;
+  const uint32_t place = places_[number][id];
+  if (place == kNone) return;
   Space& space = space_of(id);
-  const bool second = (column.heap_at & kSecondQueue) != 0;
+  const bool second = (place & kSecondQueue) != 0;
   CandidateHeap& heap = space.heaps[2 * number + (second ? 1 : 0)];
-  const uint32_t place = column.heap_at & ~kSecondQueue;
-  column.heap_at = kNone;
-  if (!heap.remove(place)) return;
+  places_[number][id] = kNone;
+  if (!heap.remove(place & ~kSecondQueue)) return;
   Contest& contest = *space.contests[number];
   (space.retired ? contest.retired : contest.live[second ? 1 : 0]).fix(&heap);
 }
@@ -155,11 +154,12 @@ void Forest::refresh(NodeId id, uint32_t number) {
   const GroupState& group = groups_of(here)[number / shared_.tiers];
   const bool stranded = group.stranded || group.hole < position;
   const bool second = !stranded && policy.in_main(state);
-  const Entry entry{policy.secondary(state), (stranded ? 0 : kLive) | policy.primary(state), here.start + position, id};
+  const Entry entry{policy.secondary(state), (stranded ? 0 : kLive) | policy.primary(state), id};
   CandidateHeap& heap = space.heaps[2 * number + (second ? 1 : 0)];
   bool changed;
-  if (column.heap_at != kNone && ((column.heap_at & kSecondQueue) != 0) == second) {
-    changed = heap.update(column.heap_at & ~kSecondQueue, entry);
+  const uint32_t place = places_[number][id];
+  if (place != kNone && ((place & kSecondQueue) != 0) == second) {
+    changed = heap.update(place & ~kSecondQueue, entry);
   } else {
     leave_heap(id, number);
     changed = heap.push(entry);
@@ -175,7 +175,7 @@ void Forest::populated(NodeId id, uint32_t number) {
     Column& column = columns(at)[number];
     const bool was = column.populated();
     ++column.branches;
-    if (column.heap_at != kNone) leave_heap(at, number);
+    leave_heap(at, number);
     if (was) return;
   }
 }
@@ -223,7 +223,7 @@ void Forest::set_hole(NodeId id, uint32_t group, uint32_t hole) {
   state.hole = hole;
   for (uint32_t tier = 0; tier < shared_.tiers; ++tier) {
     const uint32_t number = group * shared_.tiers + tier;
-    if (columns(id)[number].heap_at != kNone) refresh(id, number);
+    if (columns(id)[number].top != 0 && places_[number][id] != kNone) refresh(id, number);
   }
   if (led != leads && !state.stranded) spread_stranded(id, group);
 }
@@ -241,7 +241,7 @@ void Forest::spread_stranded(NodeId top, uint32_t group) {
       state.stranded = stranded;
       for (uint32_t tier = 0; tier < shared_.tiers; ++tier) {
         const uint32_t number = group * shared_.tiers + tier;
-        if (columns(id)[number].heap_at != kNone) refresh(id, number);
+        if (places_[number][id] != kNone) refresh(id, number);
       }
       if (!leads_to_hole(node(id), group)) waiting.push_back(id);
     }
@@ -384,7 +384,7 @@ void Forest::touch(Space&, const Path& path, uint64_t now) {
     for (uint32_t number = 0; number < columns_; ++number) {
       if (all[number].held == 0) continue;
       touch_column(step.node, number, step.count, now);
-      if (all[number].heap_at != kNone && all[number].top <= step.count) refresh(step.node, number);
+      if (places_[number][step.node] != kNone && all[number].top <= step.count) refresh(step.node, number);
     }
   }
 }
