@@ -7,4 +7,5 @@ void bind_keys(nanobind::module_& m);    // keys.cpp: block keys (SHA-256 chains
 void bind_seal(nanobind::module_& m);    // seal.cpp: write and verify seals (xxh3-64)
 void bind_copy(nanobind::module_& m);    // copy.cpp: gather and scatter of fragments
 void bind_memory(nanobind::module_& m);  // memory.cpp: pre-fault, page queries
+void bind_sketch(nanobind::module_& m);  // sketch.cpp: which blocks were offered before
 }  // namespace flexkv

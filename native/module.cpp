@@ -9,4 +9,5 @@ NB_MODULE(_native, m) {
   flexkv::bind_seal(m);
   flexkv::bind_copy(m);
   flexkv::bind_memory(m);
+  flexkv::bind_sketch(m);
 }
