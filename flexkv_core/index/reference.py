@@ -1,131 +1,127 @@
-"""The reference index: a radix tree in plain Python, the oracle that a native index is held against.
+"""The reference index: plain Python, the oracle that the native index is held against.
 
-Written to be read: a node is one block. What may surprise:
+Written to be read; `reference_tree.py` has the trees, `policies/reference.py` the states and orders. Owns time,
+candidates and what the methods do in which order. What may surprise:
 
-- *Leaf first.* A copy may go only if no deeper position of its subtree has a copy in the same column (tier,
-  group). Each node counts, by column, the children whose subtrees have one; the count changes its ancestors
-  only when it becomes or stops being zero.
-- *Stranded.* A node knows, for each `all`-coverage group, whether a hole lies above it. The flag is inherited by
-  children and corrected downwards when a hole opens or closes.
-- *Order.* Candidates wait in one heap for each (tier, slot class), ordered by (rank, policy order, group, key):
-  rank 0 for retired namespaces, 1 for stranded copies, 2 for the rest. There are no ties. An entry is pushed
-  whenever a copy becomes a candidate or its order changes; entries that no longer describe their copy are skipped
-  when they come up, and the heap is rebuilt when most of it is stale.
+- *Candidates* wait in heaps, one for each (tier, slot class, queue), ordered by (rank, policy's order, -depth, group,
+  key, root): rank 0 for retired namespaces, 1 for stranded copies, 2 for the rest. There are no ties. An entry is
+  pushed whenever a copy becomes a candidate or its order changes; entries that no longer describe their copy are
+  dropped when they come up, and a heap is rebuilt when most of it is stale. All policies but S3-FIFO have one queue;
+  S3-FIFO has its small and main ones, and one for ranks 0 and 1.
+- *Evictions do not fail midway.* How many copies could go is counted first: all but those that are pinned or have a
+  pinned one below them.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.errors import LayoutError, UnknownNamespaceError
-from flexkv_core.index import NO_SLOT, NO_TIER, Evicted, GroupRule, Keys, Match, Slots
+from flexkv_core.errors import LayoutError, StateError, UnknownNamespaceError
+from flexkv_core.index import NO_SLOT, NO_TIER, Copies, Evicted, GroupRule, Keys, Match, Removed, Slots
+from flexkv_core.index import arguments as check
 from flexkv_core.index.coverage import covered_prefix
-from flexkv_core.policies import make_policy
-
-Column = tuple[int, int]
-"""(tier, group)"""
+from flexkv_core.index.reference_tree import Column, Copy, Node, Tree, count_branch, restrand, subtree
+from flexkv_core.policies import Eviction
+from flexkv_core.policies.reference import MAIN, SMALL, Block, Custom, S3Fifo, make_policy
 
 RETIRED, STRANDED, LIVE = 0, 1, 2
+_FIRST = 0  # the queue of S3-FIFO's retired and stranded copies, and the only one of other policies
+_NEVER = 1 << 62
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-class _Copy:
-    """One block's residency in one tier."""
+def _public(
+    method: Callable[Concatenate[ReferenceIndex, _P], _R],
+) -> Callable[Concatenate[ReferenceIndex, _P], _R]:
+    """Refuse calls from within a third party's policy."""
 
-    __slots__ = ("entry", "pins", "slot", "state")
+    @functools.wraps(method)
+    def checked(self: ReferenceIndex, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if any(custom.running == threading.get_ident() for custom in self._customs):
+            raise StateError(f"{method.__name__} was called by an eviction policy, from within the index")
+        return method(self, *args, **kwargs)
 
-    def __init__(self, slot: int, state: Any) -> None:
-        self.slot = slot
-        self.state = state
-        self.pins = 0
-        self.entry: Any = None  # the heap entry that describes this copy now
-
-
-class _Node:
-    """One position of a prefix."""
-
-    __slots__ = ("branches", "children", "copies", "key", "parent", "stranded", "tree")
-
-    def __init__(self, tree: _Tree, key: bytes, parent: _Node | None) -> None:
-        self.tree = tree
-        self.key = key
-        self.parent = parent
-        self.children: dict[bytes, _Node] = {}
-        self.copies: dict[Column, _Copy] = {}
-        self.branches: dict[Column, int] = {}  # children whose subtree has a copy in that column
-        self.stranded = [False] * len(tree.rules)
-        if parent is not None:
-            self.stranded = [parent.stranded[g] or parent.is_hole(g) for g in range(len(tree.rules))]
-
-    def is_hole(self, group: int) -> bool:
-        """No tier holds this position of an `all`-coverage group. The root node is never one."""
-        if self.parent is None or self.tree.rules[group].coverage.kind != "all":
-            return False
-        return all(held != group for _, held in self.copies)
-
-    def populated(self, column: Column) -> bool:
-        """This node or its subtree has a copy in the column."""
-        return column in self.copies or column in self.branches
-
-
-class _Tree:
-    """One namespace."""
-
-    __slots__ = ("retired", "root", "rules", "top")
-
-    def __init__(self, root: bytes, rules: Sequence[GroupRule]) -> None:
-        self.root = root
-        self.rules = tuple(rules)
-        self.retired = False
-        self.top = _Node(self, b"", None)
+    return cast("Callable[Concatenate[ReferenceIndex, _P], _R]", checked)
 
 
 class ReferenceIndex:
-    """See `flexkv_core.index.Index` for the meaning of every method."""
+    """See `flexkv_core.index.Index` for the meaning of every method.
 
-    def __init__(self, tiers: int, policies: Sequence[str] | None = None) -> None:
-        names = list(policies) if policies is not None else ["lru"] * tiers
-        if len(names) != tiers or not 1 <= tiers < NO_TIER:
-            raise ValueError(f"{len(names)} policies for {tiers} tiers: give one each, for 1 to {NO_TIER - 1} tiers")
-        self._policies = [make_policy(name) for name in names]
-        self._trees: dict[bytes, _Tree] = {}
-        self._heaps: dict[Column, list[Any]] = {}  # by (tier, slot class)
-        self._counts = [0] * tiers
-        self._clock = 0
+    What is wrong is told in this order: an unknown namespace, keys, tier and group, other arguments, pins.
+    """
+
+    def __init__(self, tiers: int, policies: Sequence[str | Eviction] | None = None) -> None:
+        self._policies = [make_policy(each) for each in check.check_policies(tiers, policies)]
+        self._customs = [policy for policy in self._policies if isinstance(policy, Custom)]
+        self._tiers = tiers
+        self._trees: dict[bytes, Tree] = {}
+        self._tick = 0
+        self._heaps: dict[tuple[int, int, int], list[Any]] = {}  # by (tier, slot class, queue)
+        self._held: Counter[tuple[int, int]] = Counter()  # copies by (tier, slot class)
+        self._small: Counter[tuple[int, int]] = Counter()  # of these, in S3-FIFO's small queue
+        self._pinned: dict[tuple[Node, Column], None] = {}
+        self._visited = 0
         self._sequence = itertools.count()  # keeps heap entries comparable; decides nothing
 
-    # ---------------------------------------------------------------- namespaces
+    # ---------------------------------------------------------------- time and namespaces
 
+    @_public
+    def advance(self, tick: int) -> None:
+        self._tick = max(self._tick, tick)
+
+    @_public
     def add_namespace(self, root: bytes, groups: Sequence[GroupRule]) -> None:
+        check.check_root(root)
+        rules = check.check_groups(self._tiers, groups)
         known = self._trees.get(root)
         if known is None:
-            self._trees[root] = _Tree(root, groups)
-        elif known.rules != tuple(groups):
+            self._trees[root] = Tree(root, rules)
+            return
+        _refuse_retired(known)
+        if known.rules != rules:
             raise LayoutError(f"namespace {root.hex()[:16]}... was added with other groups: use another namespace")
 
+    @_public
     def retire_namespace(self, root: bytes) -> None:
         tree = self._tree(root)
-        tree.retired = True
-        for node in _subtree(tree.top):
-            for column in node.copies:
-                self._offer(node, column)
+        if not tree.retired:
+            tree.retired = True
+            for node in tree.nodes():
+                self._offer_all(node, node.copies)
+            self._forget_if_empty(tree)
 
-    def _tree(self, root: bytes) -> _Tree:
+    @_public
+    def has_namespace(self, root: bytes) -> bool:
+        return root in self._trees
+
+    def _tree(self, root: bytes) -> Tree:
         tree = self._trees.get(root)
         if tree is None:
             raise UnknownNamespaceError(f"namespace {root.hex()[:16]}... is not in the index: add it first")
         return tree
 
+    def _forget_if_empty(self, tree: Tree) -> None:
+        if tree.retired and not tree.copies:
+            self._trees.pop(tree.root, None)
+
     # ---------------------------------------------------------------- reading
 
+    @_public
     def match(self, root: bytes, keys: Keys) -> Match:
         tree = self._tree(root)
-        path = [] if tree.retired else self._walk(tree, keys)
+        check.check_keys(keys)
+        path = [] if tree.retired else tree.walk(keys)
         groups = len(tree.rules)
         tiers = np.full((groups, len(path)), NO_TIER, np.uint8)
         slots = np.full((groups, len(path)), NO_SLOT, np.int64)
@@ -136,216 +132,361 @@ class ReferenceIndex:
                     slots[group, position] = copy.slot
         return Match(covered_prefix(tiers != NO_TIER, [rule.coverage for rule in tree.rules]), tiers, slots)
 
+    @_public
     def residency(self, root: bytes, keys: Keys, tier: int, group: int) -> Slots:
+        tree = self._column(root, keys, tier, group)
         slots = np.full(len(keys), NO_SLOT, np.int64)
-        for position, node in enumerate(self._walk(self._tree(root), keys)):
+        for position, node in enumerate(tree.walk(keys)):
             copy = node.copies.get((tier, group))
             if copy is not None:
                 slots[position] = copy.slot
         return slots
 
+    @_public
     def count(self, tier: int) -> int:
-        return self._counts[tier]
+        check.check_tier(self._tiers, tier)
+        return self._copies_of(tier)
 
-    # ---------------------------------------------------------------- changing
+    @_public
+    def copies(self, root: bytes, tier: int, group: int) -> Copies:
+        tree = self._tree(root)
+        check.check_column(self._tiers, len(tree.rules), tier, group)
+        nodes = [node for node in tree.nodes() if (tier, group) in node.copies]
+        return Copies(
+            _keys(node.key for node in nodes),
+            _keys(node.parent_key for node in nodes),
+            np.array([node.depth for node in nodes], np.int64),
+            np.array([node.copies[tier, group].slot for node in nodes], np.int64),
+        )
 
+    @_public
+    def statistics(self) -> dict[str, int]:
+        trees = self._trees.values()
+        positions = sum(len(tree.positions) for tree in trees)
+        return {
+            "namespaces": len(trees),
+            "positions": positions,
+            "orphans": sum(len(waiting) for tree in trees for waiting in tree.orphans.values()),
+            "copies": self._held.total(),
+            "pinned": len(self._pinned),
+            "visited": self._visited,
+            "nodes": positions,
+            "memory_bytes": 0,
+        }
+
+    def _column(self, root: bytes, keys: Keys, tier: int, group: int) -> Tree:
+        """The tree of a column, its arguments checked."""
+        tree = self._tree(root)
+        check.check_keys(keys)
+        check.check_column(self._tiers, len(tree.rules), tier, group)
+        return tree
+
+    def _copies_of(self, tier: int) -> int:
+        return sum(held for (each, _), held in self._held.items() if each == tier)
+
+    # ---------------------------------------------------------------- coming in
+
+    @_public
     def touch(self, root: bytes, keys: Keys) -> None:
-        path = self._walk(self._tree(root), keys)
-        self._clock += len(path)
-        for position, node in enumerate(path):
+        tree = self._tree(root)
+        check.check_keys(keys)
+        self._tick += 1
+        for node in tree.walk(keys):
             for column, copy in node.copies.items():
-                copy.state = self._policies[column[0]].hit(copy.state, self._clock - position)
+                copy.state = self._policies[column[0]].hit(copy.state, self._tick)
                 self._offer(node, column)
 
+    @_public
     def insert(self, root: bytes, keys: Keys, tier: int, group: int, slots: Slots) -> npt.NDArray[np.bool_]:
-        tree = self._tree(root)
-        if tree.retired:
-            raise UnknownNamespaceError(f"namespace {root.hex()[:16]}... was reset: nothing can be added to it")
-        if len(slots) != len(keys):
-            raise ValueError(f"{len(slots)} slots for {len(keys)} keys: give one each")
+        tree = self._column(root, keys, tier, group)
+        _refuse_retired(tree)
+        check.check_slots(slots, len(keys))
+        self._tick += 1
         taken = np.zeros(len(keys), np.bool_)
-        wanted = np.flatnonzero(np.asarray(slots) != NO_SLOT)
-        if not len(wanted):
-            return taken
-        column, node = (tier, group), tree.top
-        self._clock += len(keys)
-        for position in range(int(wanted[-1]) + 1):
+        wanted = np.flatnonzero(slots != NO_SLOT)
+        node = tree.top
+        for position in range(int(wanted[-1]) + 1 if len(wanted) else 0):
             key = keys[position].tobytes()
-            child = node.children.get(key)
-            if child is None:
-                child = node.children[key] = _Node(tree, key, node)
-            node = child
-            if slots[position] != NO_SLOT and column not in node.copies:
-                state = self._policies[tier].insert(self._clock - position)
-                self._attach(node, column, _Copy(int(slots[position]), state))
-                taken[position] = True
+            node = node.children.get(key) or self._settled(tree.add(key, node))
+            if slots[position] != NO_SLOT:
+                taken[position] = self._take(node, (tier, group), int(slots[position]))
         return taken
 
-    def remove(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> Slots:
+    @_public
+    def recover(
+        self,
+        root: bytes,
+        tier: int,
+        group: int,
+        keys: Keys,
+        parents: Keys,
+        depths: npt.NDArray[np.int64],
+        slots: Slots,
+    ) -> npt.NDArray[np.bool_]:
+        tree = self._column(root, keys, tier, group)
+        _refuse_retired(tree)
+        check.check_keys(parents, "parents")
+        if len(parents) != len(keys):
+            raise ValueError(f"{len(parents)} parents for {len(keys)} keys: give one each")
+        check.check_integers(depths, len(keys), 0, _NEVER, "depths")
+        check.check_slots(slots, len(keys), lowest=0)
+        self._tick += 1
+        taken = np.zeros(len(keys), np.bool_)
+        for i in np.argsort(depths, kind="stable").tolist():
+            node = self._recovered(tree, keys[i].tobytes(), parents[i].tobytes(), int(depths[i]))
+            if node is not None:
+                taken[i] = self._take(node, (tier, group), int(slots[i]))
+        return taken
+
+    @_public
+    def end_recovery(self) -> None:
+        """Nothing to drop: this index can always find a position by its key."""
+
+    def _recovered(self, tree: Tree, key: bytes, parent_key: bytes, depth: int) -> Node | None:
+        """The position of a recovered copy, made where there is none; None if the copy contradicts the tree."""
+        node = tree.place(key)
+        if node is not None:
+            return node if (node.parent_key, node.depth) == (parent_key, depth) else None
+        parent = tree.place(parent_key)
+        if parent is not None:
+            return self._settled(tree.add(key, parent)) if parent.depth == depth - 1 else None
+        return self._settled(tree.add_orphan(key, parent_key, depth)) if depth else None
+
+    def _settled(self, node: Node) -> Node:
+        """A new position, after the orphans that waited for it have joined."""
+        if node.tree.waiting_for(node):
+            for group in range(len(node.tree.rules)):
+                self._restrand(node, group)
+        return node
+
+    def _take(self, node: Node, column: Column, slot: int) -> bool:
+        """Give a position a new copy, unless it has one in that column."""
+        if column in node.copies:
+            return False
+        state = self._policies[column[0]].insert(self._tick, _block(node, column))
+        self._attach(node, column, Copy(slot, state))
+        return True
+
+    # ---------------------------------------------------------------- pins and removal
+
+    @_public
+    def pin(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> None:
         column = (tier, group)
-        path = self._walk(self._tree(root), keys)[start:stop]
-        if any(column in node.copies and node.copies[column].pins for node in path):
+        for node in self._held_range(root, keys, column, start, stop):
+            node.copies[column].pins += 1
+            self._pinned[node, column] = None
+
+    @_public
+    def unpin(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> None:
+        column = (tier, group)
+        nodes = self._held_range(root, keys, column, start, stop)
+        if not all(node.copies[column].pins for node in nodes):
+            raise ValueError(f"a copy in [{start}, {stop}) of tier {tier} has no pin to take back")
+        for node in nodes:
+            node.copies[column].pins -= 1
+            if not node.copies[column].pins:
+                del self._pinned[node, column]
+                self._offer(node, column)
+
+    def _held_range(self, root: bytes, keys: Keys, column: Column, start: int, stop: int) -> list[Node]:
+        tree = self._column(root, keys, *column)
+        check.check_range(start, stop, len(keys))
+        path = tree.walk(keys)[start:stop]
+        if len(path) != stop - start or any(column not in node.copies for node in path):
+            raise ValueError(f"positions [{start}, {stop}) are not all held by tier {column[0]}, group {column[1]}")
+        return path
+
+    @_public
+    def remove(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> Slots:
+        tree, column = self._column(root, keys, tier, group), (tier, group)
+        check.check_range(start, stop, len(keys))
+        path = tree.walk(keys)[start:stop]
+        if any((node, column) in self._pinned for node in path):
             raise ValueError(f"a copy in [{start}, {stop}) of tier {tier} is pinned: unpin it first")
         slots = np.full(stop - start, NO_SLOT, np.int64)
         for offset, node in enumerate(path):
             if column in node.copies:
                 slots[offset] = self._detach(node, column).slot
         for node in reversed(path):
-            _prune(node)
+            tree.prune(node)
+        self._forget_if_empty(tree)
         return slots
 
-    def pin(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> None:
-        for copy in self._copies(root, keys, (tier, group), start, stop):
-            copy.pins += 1
+    @_public
+    def remove_subtree(self, root: bytes, keys: Keys) -> Removed:
+        tree = self._tree(root)
+        check.check_keys(keys)
+        path = tree.walk(keys)
+        nodes: list[Node] = []
+        if not len(keys):
+            nodes = list(tree.nodes())
+        elif len(path) == len(keys):
+            nodes = list(subtree(path[-1]))
+        if any((node, column) in self._pinned for node in nodes for column in node.copies):
+            raise ValueError("a copy of the subtree is pinned: unpin it first")
+        gone = self._clear(nodes, lambda column: True)
+        self._forget_if_empty(tree)
+        return Removed(
+            np.array([tier for _, (tier, _), _ in gone], np.uint8),
+            _keys(node.key for node, _, _ in gone),
+            np.array([group for _, (_, group), _ in gone], np.uint8),
+            np.array([copy.slot for _, _, copy in gone], np.int64),
+        )
 
-    def unpin(self, root: bytes, keys: Keys, tier: int, group: int, start: int, stop: int) -> None:
-        column = (tier, group)
-        copies = self._copies(root, keys, column, start, stop)
-        if not all(copy.pins for copy in copies):
-            raise ValueError(f"a copy in [{start}, {stop}) of tier {tier} has no pin to take back")
-        for node, copy in zip(self._walk(self._tree(root), keys)[start:stop], copies, strict=True):
-            copy.pins -= 1
-            self._offer(node, column)
-
-    def _copies(self, root: bytes, keys: Keys, column: Column, start: int, stop: int) -> list[_Copy]:
-        path = self._walk(self._tree(root), keys)[start:stop]
-        if start < 0 or len(path) != stop - start or any(column not in node.copies for node in path):
-            raise ValueError(f"positions [{start}, {stop}) are not all held by tier {column[0]}, group {column[1]}")
-        return [node.copies[column] for node in path]
-
+    @_public
     def drop_tier(self, tier: int) -> None:
-        for tree in self._trees.values():
-            nodes = list(_subtree(tree.top))
-            for node in reversed(nodes):
-                for column in [c for c in node.copies if c[0] == tier]:
-                    self._detach(node, column)
-                _prune(node)
+        check.check_tier(self._tiers, tier)
+        for tree in list(self._trees.values()):
+            self._clear(list(tree.nodes()), lambda column: column[0] == tier)
+            self._forget_if_empty(tree)
+
+    def _clear(self, nodes: Sequence[Node], which: Callable[[Column], bool]) -> list[tuple[Node, Column, Copy]]:
+        """Take those copies from nodes that are given parents first."""
+        gone = []
+        for node in reversed(nodes):
+            gone += [(node, column, self._detach(node, column)) for column in list(node.copies) if which(column)]
+            node.tree.prune(node)
+        return gone
 
     # ---------------------------------------------------------------- eviction
 
+    @_public
     def evict(self, tier: int, count: int, slot_class: int = 0) -> Evicted | None:
-        heap = self._heaps.setdefault((tier, slot_class), [])
-        gone: list[tuple[_Node, Column, _Copy]] = []
-        while len(gone) < count and heap:
-            entry = heapq.heappop(heap)
-            node, column = entry[-2:]
-            copy = node.copies.get(column)
-            if copy is None or copy.entry is not entry or not self._may_go(node, column):
-                continue
-            gone.append((node, column, self._detach(node, column)))
-        if len(gone) < count:
-            for node, column, copy in reversed(gone):
-                self._attach(node, column, copy)
+        check.check_tier(self._tiers, tier)
+        if count < 0:
+            raise ValueError(f"count {count}: must be 0 or more")
+        if count > self._evictable(tier, slot_class):
             return None
+        policy, before = self._policies[tier], self._copies_of(tier)
+        gone: list[tuple[Node, Column, Copy]] = []
+        for _ in range(count):
+            node, column = (
+                self._s3fifo_victim(policy, tier, slot_class)
+                if isinstance(policy, S3Fifo)
+                else self._first(tier, slot_class, _FIRST)[-2:]
+            )
+            gone.append((node, column, self._detach(node, column)))
+        if isinstance(policy, S3Fifo) and count:
+            policy.forget(before)
         for node, _, _ in gone:
-            _prune(node)
-        keys = np.frombuffer(b"".join(node.key for node, _, _ in gone), np.uint8).reshape(len(gone), 32)
-        groups = np.array([column[1] for _, column, _ in gone], np.uint8)
-        slots = np.array([copy.slot for _, _, copy in gone], np.int64)
-        return Evicted([node.tree.root for node, _, _ in gone], keys, groups, slots)
+            node.tree.prune(node)
+            self._forget_if_empty(node.tree)
+        return Evicted(
+            _keys(node.tree.root for node, _, _ in gone),
+            _keys(node.key for node, _, _ in gone),
+            np.array([group for _, (_, group), _ in gone], np.uint8),
+            np.array([copy.slot for _, _, copy in gone], np.int64),
+        )
 
-    @staticmethod
-    def _may_go(node: _Node, column: Column) -> bool:
-        return not node.copies[column].pins and column not in node.branches
+    def _evictable(self, tier: int, slot_class: int) -> int:
+        """How many copies of a slot class can go: those that are neither pinned nor above a pinned one."""
+        kept = 0
+        seen: set[tuple[Node, Column]] = set()
+        for node, column in self._pinned:
+            if column[0] != tier or node.tree.rules[column[1]].class_in(tier) != slot_class:
+                continue
+            above: Node | None = node
+            while above is not None and (above, column) not in seen:
+                seen.add((above, column))
+                kept += column in above.copies
+                above = above.parent
+        return self._held[tier, slot_class] - kept
 
-    def _order(self, node: _Node, column: Column) -> tuple[Any, ...]:
-        tier, group = column
-        rank = RETIRED if node.tree.retired else STRANDED if node.stranded[group] else LIVE
-        return rank, self._policies[tier].order(node.copies[column].state), group, node.key, node.tree.root
+    def _s3fifo_victim(self, policy: S3Fifo, tier: int, slot_class: int) -> tuple[Node, Column]:
+        """The copy that S3-FIFO lets go, after the second chances of those that it passes over."""
+        while True:
+            entry = self._first(tier, slot_class, _FIRST)
+            if entry is not None:
+                return entry[-2], entry[-1]
+            small, main = self._first(tier, slot_class, SMALL), self._first(tier, slot_class, MAIN)
+            enough = 10 * self._small[tier, slot_class] >= self._held[tier, slot_class]
+            node, column = (small if small is not None and (enough or main is None) else main)[-2:]
+            copy = node.copies[column]
+            state = policy.second_chance(copy.state, self._tick + 1)
+            if state is None:
+                if policy.queue(copy.state) == SMALL:
+                    policy.learn(_block(node, column))
+                return node, column
+            self._tick += 1
+            self._small[tier, slot_class] -= policy.queue(copy.state) == SMALL
+            copy.state = state
+            self._offer(node, column)
 
-    def _offer(self, node: _Node, column: Column) -> None:
+    def _first(self, tier: int, slot_class: int, queue: int) -> Any:
+        """The entry of the first candidate of a queue, left where it is; None if there is none."""
+        heap = self._heaps.get((tier, slot_class, queue), [])
+        while heap:
+            self._visited += 1
+            node, column = heap[0][-2:]
+            copy = node.copies.get(column)
+            if copy is not None and copy.entry is heap[0] and node.may_go(column):
+                return heap[0]
+            heapq.heappop(heap)
+        return None
+
+    def _offer(self, node: Node, column: Column) -> None:
         """Enter a copy among the candidates, with its present order, if it may go."""
-        if not self._may_go(node, column):
+        if not node.may_go(column):
             return
-        copy = node.copies[column]
-        heap = self._heaps.setdefault((column[0], node.tree.rules[column[1]].slot_class), [])
-        copy.entry = (*self._order(node, column), next(self._sequence), node, column)
+        (tier, group), copy, policy = column, node.copies[column], self._policies[column[0]]
+        rank = RETIRED if node.tree.retired else STRANDED if node.stranded[group] else LIVE
+        order = rank, policy.order(copy.state), -node.depth, group, node.key, node.tree.root
+        copy.entry = (*order, next(self._sequence), node, column)
+        queue = policy.queue(copy.state) if rank == LIVE else _FIRST
+        heap = self._heaps.setdefault((tier, node.tree.rules[group].class_in(tier), queue), [])
         heapq.heappush(heap, copy.entry)
-        if len(heap) > 64 + 4 * self._counts[column[0]]:
+        if len(heap) > 64 + 4 * self._copies_of(tier):
             heap[:] = [e for e in heap if (c := e[-2].copies.get(e[-1])) is not None and c.entry is e]
             heapq.heapify(heap)
 
-    # ---------------------------------------------------------------- the tree
+    def _offer_all(self, node: Node, columns: Iterable[Column]) -> None:
+        for column in columns:
+            self._offer(node, column)
 
-    @staticmethod
-    def _walk(tree: _Tree, keys: Keys) -> list[_Node]:
-        """The nodes of the leading keys that have a place in the tree."""
-        raw, path, node = np.ascontiguousarray(keys).tobytes(), [], tree.top
-        for at in range(0, len(raw), 32):
-            child = node.children.get(raw[at : at + 32])
-            if child is None:
-                break
-            path.append(child)
-            node = child
-        return path
+    # ---------------------------------------------------------------- copies in the tree
 
-    def _attach(self, node: _Node, column: Column, copy: _Copy) -> None:
+    def _attach(self, node: Node, column: Column, copy: Copy) -> None:
         was_hole, was_populated = node.is_hole(column[1]), node.populated(column)
         node.copies[column] = copy
-        self._counts[column[0]] += 1
+        self._tally(node, column, copy, 1)
         if not was_populated:
-            _count_branch(node, column, 1)
+            count_branch(node, column, 1)
         if was_hole:
-            self._strand_children(node, column[1])
+            self._restrand(node, column[1])
         self._offer(node, column)
 
-    def _detach(self, node: _Node, column: Column) -> _Copy:
+    def _detach(self, node: Node, column: Column) -> Copy:
         copy = node.copies.pop(column)
-        self._counts[column[0]] -= 1
+        self._pinned.pop((node, column), None)
+        self._tally(node, column, copy, -1)
         if not node.populated(column):
-            ancestor = _count_branch(node, column, -1)
+            ancestor = count_branch(node, column, -1)
             if ancestor is not None and column in ancestor.copies:
                 self._offer(ancestor, column)
         if node.is_hole(column[1]):
-            self._strand_children(node, column[1])
+            self._restrand(node, column[1])
         return copy
 
-    def _strand_children(self, node: _Node, group: int) -> None:
-        """Correct the inherited flag below a hole that has opened or closed."""
-        waiting = [node]
-        while waiting:
-            parent = waiting.pop()
-            stranded = parent.stranded[group] or parent.is_hole(group)
-            for child in parent.children.values():
-                if child.stranded[group] != stranded:
-                    child.stranded[group] = stranded
-                    for column in child.copies:
-                        if column[1] == group:
-                            self._offer(child, column)
-                    waiting.append(child)
+    def _tally(self, node: Node, column: Column, copy: Copy, change: int) -> None:
+        tier, group = column
+        where = (tier, node.tree.rules[group].class_in(tier))
+        self._held[where] += change
+        self._small[where] += change * (self._policies[tier].queue(copy.state) == SMALL)
+        node.tree.copies += change
+
+    def _restrand(self, node: Node, group: int) -> None:
+        for below in restrand(node, group):
+            self._offer_all(below, [column for column in below.copies if column[1] == group])
 
 
-def _count_branch(node: _Node, column: Column, change: int) -> _Node | None:
-    """Tell the ancestors that a subtree has come to have, or no longer has, a copy in a column.
-
-    Returns the nearest ancestor that holds a copy in it and has thereby become a leaf of the column, or None.
-    """
-    parent = node.parent
-    while parent is not None:
-        was_populated = parent.populated(column)
-        count = parent.branches.get(column, 0) + change
-        if count:
-            parent.branches[column] = count
-        else:
-            del parent.branches[column]
-        if parent.populated(column) == was_populated:
-            return parent if not count else None
-        parent = parent.parent
-    return None
+def _refuse_retired(tree: Tree) -> None:
+    if tree.retired:
+        raise UnknownNamespaceError(f"namespace {tree.root.hex()[:16]}... was reset: nothing can be added to it")
 
 
-def _prune(node: _Node) -> None:
-    """Take positions without copies and descendants out of the tree."""
-    while node.parent is not None and not node.copies and not node.children:
-        parent = node.parent
-        parent.children.pop(node.key, None)
-        node = parent
+def _block(node: Node, column: Column) -> Block:
+    return node.key[:8], column[1]
 
 
-def _subtree(top: _Node) -> Iterator[_Node]:
-    """All nodes below and including `top`, parents before children."""
-    waiting = [top]
-    while waiting:
-        node = waiting.pop()
-        yield node
-        waiting.extend(node.children.values())
+def _keys(keys: Iterable[bytes]) -> Keys:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
