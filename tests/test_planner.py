@@ -19,10 +19,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.layout import Coverage, KVGroup
-from flexkv_core.planner import Planner, TierBook
+from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, Outcome, StorePlan
 from flexkv_core.pool import SlotPool
 from flexkv_core.presence import Presence
+from flexkv_core.tier_book import TierBook
 
 PAGE = 4096
 GROUPS = (KVGroup(PAGE), KVGroup(100, Coverage.window(2)))
@@ -114,11 +115,11 @@ class PlannerMachine(RuleBasedStateMachine):
         for slot, at, group in zip(plan.slots, plan.positions, plan.groups, strict=True):
             self.host[int(slot)] = (plan.keys[at].tobytes(), int(group))
         for move in self.planner.commit_store(plan):
-            started, deletion = self.planner.start_write(move)
+            started, deletion = self.planner.down.start_write(move)
             if deletion is not None:
                 for key, group in zip(deletion.keys, deletion.groups, strict=True):
                     self.keyed.pop((key.tobytes(), int(group)), None)
-                self.planner.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
+                self.planner.down.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
             if started is not None:
                 self._land(started, np.ones(len(started), np.bool_))
 
@@ -129,16 +130,16 @@ class PlannerMachine(RuleBasedStateMachine):
     def start_write(self, data: st.DataObject) -> None:
         TRANSITIONS["start_write"] += 1
         move = self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1)))
-        started, deletion = self.planner.start_write(move)
+        started, deletion = self.planner.down.start_write(move)
         if deletion is not None:
             ok = np.array([data.draw(st.booleans()) for _ in deletion.groups], np.bool_)
             for key, group, gone in zip(deletion.keys, deletion.groups, ok, strict=True):
                 if gone:
                     self.keyed.pop((key.tobytes(), int(group)), None)
-            self.planner.finish_deletion(deletion, ok)
+            self.planner.down.finish_deletion(deletion, ok)
             if started is not None and not ok.all():
                 TRANSITIONS["write_without_room"] += 1
-                self.planner.finish_write(started, np.zeros(len(started), np.bool_))
+                self.planner.down.finish_write(started, np.zeros(len(started), np.bool_))
                 return
         if started is not None:
             self.open_started.append(started)
@@ -159,14 +160,14 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.ssd[int(move.tier_slots[i])] = name
             else:
                 self.keyed[name] = int(move.slot_bytes[i])
-        self.planner.finish_write(move, ok)
+        self.planner.down.finish_write(move, ok)
         assert sum(self.keyed.values()) <= KEYED_BLOCKS * SLOT, "the key-addressed tier is over its capacity"
 
     @precondition(lambda self: self.open_writes)
     @rule(data=st.data())
     def drop_write(self, data: st.DataObject) -> None:
         TRANSITIONS["drop_write"] += 1
-        self.planner.drop_write(self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1))))
+        self.planner.down.drop_write(self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1))))
 
     # ---- fetches
 
@@ -218,7 +219,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 if gone:
                     self.keyed.pop((key.tobytes(), int(group)), None)
             self.undeletable += int((~ok).sum()) * SLOT
-            self.planner.finish_removal(corrupt, ok)
+            self.planner.down.finish_removal(corrupt, ok)
 
     @rule(plan=fetches)
     def deadline(self, plan: FetchPlan) -> None:
@@ -239,7 +240,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def lose_keyed_tier(self) -> None:
         TRANSITIONS["lose_tier"] += 1
         for move in [m for m in self.open_writes if m.tier == 2]:
-            self.planner.drop_write(move)
+            self.planner.down.drop_write(move)
         self.open_writes = [m for m in self.open_writes if m.tier != 2]
         self.planner.lose_tier(2)
         self.keyed.clear()
@@ -254,7 +255,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.planner.finish_read(move, np.full(len(move), Outcome.FAILED, np.uint8))
         self.open_reads = [m for m in self.open_reads if m.tier != 1]
         for move in [m for m in self.open_started if m.tier == 1]:
-            self.planner.finish_write(move, np.zeros(len(move), np.bool_))
+            self.planner.down.finish_write(move, np.zeros(len(move), np.bool_))
         self.open_started = [m for m in self.open_started if m.tier != 1]
 
     # ---- what must hold
@@ -281,9 +282,9 @@ class PlannerMachine(RuleBasedStateMachine):
         for move in self.open_reads:
             self.planner.finish_read(move, np.full(len(move), Outcome.FAILED, np.uint8))
         for move in self.open_writes:
-            self.planner.drop_write(move)
+            self.planner.down.drop_write(move)
         for move in self.open_started:
-            self.planner.finish_write(move, np.zeros(len(move), np.bool_))
+            self.planner.down.finish_write(move, np.zeros(len(move), np.bool_))
         for fetch in self.open_fetches:
             self.planner.release(fetch)
         for tier in (0, 1):
@@ -343,7 +344,7 @@ def test_a_dropped_write_heals_with_the_next_store_of_the_path() -> None:
     keys = chain(ROOTS[0], (0, 1, 0, 1))
     first = planner.commit_store(planner.begin_store(ROOTS[0], keys[:2], np.ones((2, 2), np.bool_)))
     for move in first:
-        planner.drop_write(move)
+        planner.down.drop_write(move)
     again = planner.commit_store(planner.begin_store(ROOTS[0], keys, np.ones((2, 4), np.bool_)))
     written = {(m.tier, int(g), int(p)) for m in again for g, p in zip(m.groups, m.positions, strict=True)}
     assert written == {(tier, group, at) for tier in (1, 2) for group in (0, 1) for at in range(4)}
