@@ -93,10 +93,11 @@ class TierBook:
         over = short
         if self.evict_start_threshold < 1:
             limit = self.evict_start_threshold * self.pool.capacity_bytes
-            over = max(short, _ceil((self.pool.used_bytes + count * slot_bytes - limit) / slot_bytes))
+            over = _ceil((self.pool.used_bytes + count * slot_bytes - limit) / slot_bytes)
+            over = max(short, min(over, self.pool.allocated(slot_class)))
         if over <= 0 or (over == short and not self.evict_ratio):
             return (short,)
-        share = _ceil(self.evict_ratio * self.pool.capacity(slot_class)) if self.evict_ratio else 0
+        share = min(_ceil(self.evict_ratio * self.pool.capacity(slot_class)), self.pool.allocated(slot_class))
         return tuple(dict.fromkeys((max(share, over), over, short)))
 
     def bytes_to_free(self, planned: int) -> int:

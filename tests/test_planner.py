@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from flexkv_core.errors import UnknownNamespaceError
+from flexkv_core.errors import LayoutError, UnknownNamespaceError
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.layout import Coverage, KVGroup
+from flexkv_core.ledger import Clock
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, Outcome, StorePlan
+from flexkv_core.policies import Eviction
+from flexkv_core.policies.admission import GuardedAdmission, SecondTouch
 from flexkv_core.pool import SlotPool
 from flexkv_core.presence import Presence
 from flexkv_core.tier_book import TierBook
@@ -43,15 +47,19 @@ def chain(root: bytes, path: tuple[int, ...]) -> np.ndarray:
 
 
 paths = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
-roots = st.sampled_from(ROOTS)
+which_root = st.integers(0, len(ROOTS) - 1)
 
 
-def make_planner() -> Planner:
+def make_planner(*, options: bool = False) -> Planner:
     books = [
         TierBook("cpu", "cpu", 0, "slot", HOST_SLOTS * SLOT, SlotPool(HOST_SLOTS * SLOT, 4 * SLOT), column=0),
         TierBook("ssd", "ssd", 1, "slot", SSD_SLOTS * SLOT, SlotPool(SSD_SLOTS * SLOT, 4 * SLOT), column=1),
         TierBook("dir", "dir", 2, "key", KEYED_BLOCKS * SLOT, presence=Presence(KEYED_BLOCKS * SLOT)),
     ]
+    if options:
+        for book in books:
+            book.evict_ratio, book.evict_start_threshold = 0.3, 0.7
+        books[1].admission = GuardedAdmission("second_touch", SecondTouch())
     planner = Planner(books, ReferenceIndex(2))
     for root in ROOTS:
         planner.add_model(root, GROUPS)
@@ -59,6 +67,7 @@ def make_planner() -> Planner:
 
 
 class PlannerMachine(RuleBasedStateMachine):
+    options = False
     fetches: Bundle[FetchPlan] = Bundle("fetches")
     reads: Bundle[Move] = Bundle("reads")
     stores: Bundle[StorePlan] = Bundle("stores")
@@ -67,7 +76,9 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.planner = make_planner()
+        self.planner = make_planner(options=self.options)
+        self.roots = list(ROOTS)
+        self.resets = 0
         self.host: dict[int, tuple[bytes, int]] = {}
         self.ssd: dict[int, tuple[bytes, int]] = {}
         self.keyed: dict[tuple[bytes, int], int] = {}
@@ -82,9 +93,10 @@ class PlannerMachine(RuleBasedStateMachine):
     # ---- stores
 
     @precondition(lambda self: len(self.open_stores) < 2 and len(self.open_writes) < 3)
-    @rule(target=stores, root=roots, path=paths, offered=st.integers(0, 255))
-    def begin_store(self, root: bytes, path: tuple[int, ...], offered: int) -> StorePlan:
+    @rule(target=stores, which=which_root, path=paths, offered=st.integers(0, 255))
+    def begin_store(self, which: int, path: tuple[int, ...], offered: int) -> StorePlan:
         TRANSITIONS["begin_store"] += 1
+        root = self.roots[which]
         mask = np.array([[True] * len(path), [bool(offered >> i & 1) for i in range(len(path))]])
         plan = self.planner.begin_store(root, chain(root, path), mask)
         self.open_stores.append(plan)
@@ -106,9 +118,10 @@ class PlannerMachine(RuleBasedStateMachine):
         self.open_stores = [p for p in self.open_stores if p is not plan]
         self.planner.abort_store(plan)
 
-    @rule(root=roots, path=paths)
-    def store_and_sink(self, root: bytes, path: tuple[int, ...]) -> None:
+    @rule(which=which_root, path=paths)
+    def store_and_sink(self, which: int, path: tuple[int, ...]) -> None:
         """A store whose writes all succeed at once: fills the lower tiers."""
+        root = self.roots[which]
         TRANSITIONS["store_and_sink"] += 1
         self.sunk.add((root, path))
         plan = self.planner.begin_store(root, chain(root, path), np.ones((2, len(path)), np.bool_))
@@ -172,9 +185,9 @@ class PlannerMachine(RuleBasedStateMachine):
     # ---- fetches
 
     @precondition(lambda self: len(self.open_fetches) < 2)
-    @rule(target=fetches, root=roots, path=paths)
-    def begin_fetch(self, root: bytes, path: tuple[int, ...]) -> FetchPlan:
-        return self._fetch(root, path)
+    @rule(target=fetches, which=which_root, path=paths)
+    def begin_fetch(self, which: int, path: tuple[int, ...]) -> FetchPlan:
+        return self._fetch(self.roots[which], path)
 
     @precondition(lambda self: self.sunk and len(self.open_fetches) < 3)
     @rule(target=fetches, data=st.data())
@@ -234,7 +247,11 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.release(plan)
 
     @precondition(
-        lambda self: len(self.keyed) > 23 and not self.open_started and not any(r.tier == 2 for r in self.open_reads)
+        lambda self: (
+            len(self.keyed) > (12 if self.options else 23)
+            and not self.open_started
+            and not any(r.tier == 2 for r in self.open_reads)
+        )
     )
     @rule()
     def lose_keyed_tier(self) -> None:
@@ -245,7 +262,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.lose_tier(2)
         self.keyed.clear()
 
-    @precondition(lambda self: len(self.ssd) > 18)
+    @precondition(lambda self: len(self.ssd) > (8 if self.options else 18))
     @rule()
     def lose_slot_tier_with_moves_in_flight(self) -> None:
         TRANSITIONS["lose_slot_tier"] += 1
@@ -257,6 +274,17 @@ class PlannerMachine(RuleBasedStateMachine):
         for move in [m for m in self.open_started if m.tier == 1]:
             self.planner.down.finish_write(move, np.zeros(len(move), np.bool_))
         self.open_started = [m for m in self.open_started if m.tier != 1]
+
+    @rule(which=st.integers(0, 127))
+    def reset(self, which: int) -> None:
+        if which >= len(self.roots):  # rarely, so that tiers fill in between
+            return
+        TRANSITIONS["reset"] += 1
+        self.planner.retire(self.roots[which])
+        self.sunk = {(root, path) for root, path in self.sunk if root != self.roots[which]}
+        self.resets += 1
+        self.roots[which] = hashlib.sha256(self.resets.to_bytes(4, "big")).digest()
+        self.planner.add_model(self.roots[which], GROUPS)
 
     # ---- what must hold
 
@@ -288,21 +316,22 @@ class PlannerMachine(RuleBasedStateMachine):
         for fetch in self.open_fetches:
             self.planner.release(fetch)
         for tier in (0, 1):
-            evicted = self.planner.index.evict(tier, self.planner.index.count(tier))
-            assert evicted is not None, "something is still pinned"
-            pool = self.planner.tiers[tier].pool
-            assert pool is not None
-            pool.free(evicted.slots)
+            book, copies = self.planner.tiers[tier], self.planner.index.count(tier)
+            assert not copies or self.planner._ledger._evict(book, copies, 0), "something is still pinned"
             assert self.planner.tiers[tier].used_bytes == 0
+        assert self.planner.namespaces == len(ROOTS), "an old epoch without copies is still known"
+        assert self.planner.index.statistics()["namespaces"] == len(ROOTS)
         assert not any(tier.queued for tier in self.planner.tiers)
         assert self.planner.tiers[2].reserved_bytes == 0
         assert self.planner.tiers[2].debris_bytes == self.undeletable
 
 
-def test_whatever_happens_the_rules_hold() -> None:
+@pytest.mark.parametrize("options", [False, True])
+def test_whatever_happens_the_rules_hold(options: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     TRANSITIONS.clear()
+    monkeypatch.setattr(PlannerMachine, "options", options)
     machine = settings(
-        max_examples=500,
+        max_examples=400 if options else 500,
         stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -322,6 +351,7 @@ def test_whatever_happens_the_rules_hold() -> None:
             "lose_slot_tier",
             "abort_store",
             "drop_write",
+            "reset",
         )
         if TRANSITIONS[name] < 5
     ]
@@ -348,3 +378,242 @@ def test_a_dropped_write_heals_with_the_next_store_of_the_path() -> None:
     again = planner.commit_store(planner.begin_store(ROOTS[0], keys, np.ones((2, 4), np.bool_)))
     written = {(m.tier, int(g), int(p)) for m in again for g, p in zip(m.groups, m.positions, strict=True)}
     assert written == {(tier, group, at) for tier in (1, 2) for group in (0, 1) for at in range(4)}
+
+
+# ---------------------------------------------------------------- how much is evicted, and when
+
+
+def one_tier(slots: int, *, keyed: int | None = None, clock: Clock = lambda: 0, **options: Any) -> Planner:
+    """Host memory with one model of one group; `options` of the host's book, or of the key-addressed tier's."""
+    size = slots * SLOT
+    own = options if keyed is None else {}
+    books = [TierBook("cpu", "cpu", 0, "slot", size, SlotPool(size, 4 * SLOT), column=0, **own)]
+    if keyed is not None:
+        books.append(TierBook("dir", "dir", 1, "key", keyed * SLOT, presence=Presence(keyed * SLOT), **options))
+    policies = [book.eviction for book in books if book.column is not None]
+    planner = Planner(books, ReferenceIndex(len(policies), policies), clock)
+    planner.add_model(ROOTS[0], GROUPS[:1])
+    return planner
+
+
+def put(planner: Planner, *path: int, root: bytes = ROOTS[0]) -> None:
+    """Store a path and let its writes and deletions succeed."""
+    keys = chain(root, path)
+    groups = len(planner.groups(root))
+    for move in planner.commit_store(planner.begin_store(root, keys, np.ones((groups, len(keys)), np.bool_))):
+        started, deletion = planner.down.start_write(move)
+        if deletion is not None:
+            planner.down.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
+        if started is not None:
+            planner.down.finish_write(started, np.ones(len(started), np.bool_))
+
+
+def blocks(planner: Planner, tier: int = 0) -> int:
+    return planner.tiers[tier].used_bytes // SLOT
+
+
+@pytest.mark.parametrize(("ratio", "evicted"), [(0.0, 1), (0.05, 1), (0.07, 2), (0.5, 10), (1.0, 20)])
+def test_at_least_the_ratio_goes_at_a_time(ratio: float, evicted: int) -> None:
+    planner = one_tier(20, evict_ratio=ratio)
+    for number in range(20):
+        put(planner, number)
+    assert planner.tiers[0].counters.evicted_blocks == 0
+    put(planner, 20)
+    assert planner.tiers[0].counters.evicted_blocks == evicted
+    put(planner, *range(30, 45))  # more than the ratio asks for: all that is needed
+    assert blocks(planner) <= 20
+    assert planner.lookup(ROOTS[0], chain(ROOTS[0], tuple(range(30, 45))))[1] == 15
+
+
+def test_where_the_ratio_cannot_go_what_is_needed_does() -> None:
+    planner = one_tier(20, evict_ratio=0.5)
+    for number in range(20):
+        put(planner, number)
+    fetches = [planner.begin_fetch(ROOTS[0], chain(ROOTS[0], (number,))) for number in range(18)]
+    put(planner, 20)
+    assert planner.tiers[0].counters.evicted_blocks == 1
+    assert blocks(planner) == 20
+    for fetch in fetches:
+        assert planner.ready(fetch) == 1
+        planner.release(fetch)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "ratio", "left"), [(0.5, 0.0, 10), (0.5, 0.25, 6), (0.75, 0.0, 15), (0.99, 0.0, 19), (0.01, 0.0, 1)]
+)
+def test_eviction_starts_at_the_threshold(threshold: float, ratio: float, left: int) -> None:
+    planner = one_tier(20, evict_start_threshold=threshold, evict_ratio=ratio)
+    room = int(20 * threshold)
+    for number in range(room):
+        put(planner, number)
+    assert planner.tiers[0].counters.evicted_blocks == 0
+    put(planner, 20)
+    assert blocks(planner) == left
+    assert planner.lookup(ROOTS[0], chain(ROOTS[0], (20,)))[1] == 1
+
+
+def test_more_than_the_threshold_is_stored_if_it_fits() -> None:
+    """The threshold says when to evict; it takes no room away from one long prefix."""
+    planner = one_tier(20, evict_start_threshold=0.5)
+    put(planner, *range(18))
+    assert planner.lookup(ROOTS[0], chain(ROOTS[0], tuple(range(18))))[1] == 18
+    put(planner, 20)
+    assert blocks(planner) == 10
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple), max_size=25))
+@settings(max_examples=100, deadline=None)
+def test_by_default_exactly_what_is_short_goes(stores: list[tuple[int, ...]]) -> None:
+    planner = one_tier(9)
+    for path in stores:
+        used, gone = blocks(planner), planner.tiers[0].counters.evicted_blocks
+        new = len(path) - sum(planner.index.residency(ROOTS[0], chain(ROOTS[0], path), 0, 0) >= 0)
+        put(planner, *path)
+        assert planner.tiers[0].counters.evicted_blocks - gone == max(0, used + new - 9)
+        assert planner.refused_blocks == 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple), max_size=25),
+    st.floats(0, 1),
+    st.floats(0.01, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_the_options_a_path_is_stored_and_the_threshold_kept(
+    stores: list[tuple[int, ...]], ratio: float, threshold: float
+) -> None:
+    planner = one_tier(9, evict_ratio=ratio, evict_start_threshold=threshold)
+    for path in stores:
+        new = len(path) - sum(planner.index.residency(ROOTS[0], chain(ROOTS[0], path), 0, 0) >= 0)
+        put(planner, *path)
+        assert planner.lookup(ROOTS[0], chain(ROOTS[0], path))[1] == len(path)
+        limit = int(threshold * 9)
+        if new and len(path) <= limit:  # else pins of the path itself are in the way
+            assert blocks(planner) <= limit
+
+
+@pytest.mark.parametrize(
+    ("ratio", "threshold", "before", "left"),
+    [(0.0, 1.0, 20, 20), (0.25, 1.0, 20, 16), (0.0, 0.5, 10, 10), (0.25, 0.5, 10, 6), (1.0, 1.0, 20, 1)],
+)
+def test_a_key_addressed_tier_has_the_same_options(ratio: float, threshold: float, before: int, left: int) -> None:
+    planner = one_tier(64, keyed=20, evict_ratio=ratio, evict_start_threshold=threshold)
+    for number in range(before):
+        put(planner, number)
+    assert planner.tiers[1].counters.evicted_blocks == 0
+    put(planner, 20)
+    assert blocks(planner, 1) == left
+    assert planner.tiers[1].counters.evicted_blocks == before + 1 - left
+
+
+# ---------------------------------------------------------------- slot classes, time
+
+
+def test_tiers_may_number_their_slot_classes_differently() -> None:
+    """A model that fits in host memory alone is refused, and has made a class there: the next model's is 1 in host
+    memory and 0 below. Eviction in the lower tier must go by the tier's own number."""
+    books = [
+        TierBook("cpu", "cpu", 0, "slot", 40 * SLOT, SlotPool(40 * SLOT, 4 * SLOT), column=0),
+        TierBook("ssd", "ssd", 1, "slot", 8 * SLOT, SlotPool(8 * SLOT, 4 * SLOT), column=1),
+    ]
+    planner = Planner(books, ReferenceIndex(2))
+    with pytest.raises(LayoutError, match="cannot hold one slot"):
+        planner.add_model(ROOTS[1], (KVGroup(20 * SLOT),))
+    planner.add_model(ROOTS[0], GROUPS[:1])
+    for number in range(12):
+        put(planner, number)
+    assert planner.tiers[1].counters.dropped_blocks == 0
+    assert planner.tiers[1].counters.evicted_blocks == 4
+    assert blocks(planner, 1) == 8
+    with pytest.raises(UnknownNamespaceError):
+        planner.lookup(ROOTS[1], chain(ROOTS[1], (0,)))
+
+
+def test_a_hit_is_rewarded_in_seconds_of_the_clock() -> None:
+    now = [0]
+    planner = one_tier(2, clock=lambda: now[0], eviction=Eviction("lru", hit_reward_seconds=100))
+    put(planner, 1)
+    planner.release(planner.begin_fetch(ROOTS[0], chain(ROOTS[0], (1,))))  # counts as used at 100 s
+    for second, held in ((50, 1), (99, 1), (101, 1), (102, 0)):
+        now[0] = second * 1_000_000
+        put(planner, second)
+        assert planner.lookup(ROOTS[0], chain(ROOTS[0], (1,)))[1] == held, second
+
+
+def test_the_clock_is_asked_only_where_a_policy_counts_in_seconds() -> None:
+    def clock() -> int:
+        raise AssertionError("nobody needs the time")
+
+    planner = one_tier(2, clock=clock)
+    put(planner, 1)
+    planner.release(planner.begin_fetch(ROOTS[0], chain(ROOTS[0], (1,))))
+
+
+# ---------------------------------------------------------------- resets
+
+
+def test_ten_thousand_resets_leave_nothing_behind() -> None:
+    planner = make_planner()
+    for number in range(10_000):
+        root = hashlib.sha256(number.to_bytes(4, "big")).digest()
+        planner.add_model(root, GROUPS[:1])
+        put(planner, 0, 1, root=root)
+        planner.retire(root)
+        # 8 slots in host memory and 20 below hold the copies of so many old epochs at the most
+        assert planner.namespaces <= 2 + HOST_SLOTS + SSD_SLOTS
+    statistics = planner.index.statistics()
+    assert statistics["namespaces"] == planner.namespaces
+    assert statistics["positions"] <= HOST_SLOTS + SSD_SLOTS
+    assert not any(tier.queued for tier in planner.tiers)
+
+
+def test_an_empty_namespace_is_forgotten_at_once() -> None:
+    planner = make_planner()
+    planner.retire(ROOTS[0])
+    assert planner.namespaces == 1
+    with pytest.raises(UnknownNamespaceError):
+        planner.retire(ROOTS[0])
+
+
+def test_what_was_planned_before_a_reset_commits_to_nothing_after_it() -> None:
+    """Not even to the same namespace, registered anew."""
+    planner = make_planner()
+    keys = chain(ROOTS[0], (0, 1))
+    plan = planner.begin_store(ROOTS[0], keys, np.ones((2, 2), np.bool_))
+    planner.retire(ROOTS[0])
+    planner.add_model(ROOTS[0], GROUPS)
+    assert planner.commit_store(plan) == []
+    assert planner.lookup(ROOTS[0], keys) == (0, 0)
+    assert planner.tiers[0].used_bytes == 0
+
+
+def test_a_reset_while_everything_is_under_way() -> None:
+    """Reads, writes and fetches of a namespace that is gone when they end."""
+    planner = make_planner()
+    keys = chain(ROOTS[0], (0, 1))
+    planner.down.add_listing(2, keys, np.zeros(2, np.uint8), np.full(2, SLOT))
+    planner.down.add_listing(2, keys, np.ones(2, np.uint8), np.full(2, SLOT))
+    first, second = planner.begin_fetch(ROOTS[0], keys), planner.begin_fetch(ROOTS[0], keys)
+    assert len(first.reads) == 2
+    assert second.awaited.all()
+    planner.retire(ROOTS[0])
+    assert planner.namespaces == 1
+    planner.finish_read(first.reads[0], np.full(2, Outcome.GOOD, np.uint8))
+    planner.finish_read(first.reads[1], np.full(2, Outcome.CORRUPT, np.uint8))
+    for fetch in (first, second):
+        assert planner.ready(fetch) == 0
+        assert not fetch.awaited.any()
+        planner.release(fetch)
+    assert planner.tiers[0].used_bytes == 0
+    moves = planner.commit_store(planner.begin_store(ROOTS[1], chain(ROOTS[1], (0,)), np.ones((2, 1), np.bool_)))
+    planner.retire(ROOTS[1])
+    planner.lose_tier(1)
+    for move in moves:
+        write, _ = planner.down.start_write(move)
+        assert write is not None
+        planner.down.finish_write(write, np.ones(len(write), np.bool_))
+    assert planner.tiers[1].used_bytes == 0
+    assert planner.namespaces == 1  # its copies in host memory go first when there is need
+    planner.add_model(b"c" * 32, GROUPS[:1])
+    put(planner, *range(HOST_SLOTS), root=b"c" * 32)
+    assert planner.namespaces == 1
