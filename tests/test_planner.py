@@ -412,7 +412,7 @@ def blocks(planner: Planner, tier: int = 0) -> int:
     return planner.tiers[tier].used_bytes // SLOT
 
 
-@pytest.mark.parametrize(("ratio", "evicted"), [(0.0, 1), (0.05, 1), (0.07, 2), (0.5, 10), (1.0, 20)])
+@pytest.mark.parametrize(("ratio", "evicted"), [(0.0, 1), (0.05, 1), (0.07, 2), (0.5, 10), (0.55, 11), (1.0, 20)])
 def test_at_least_the_ratio_goes_at_a_time(ratio: float, evicted: int) -> None:
     planner = one_tier(20, evict_ratio=ratio)
     for number in range(20):
@@ -423,6 +423,13 @@ def test_at_least_the_ratio_goes_at_a_time(ratio: float, evicted: int) -> None:
     put(planner, *range(30, 45))  # more than the ratio asks for: all that is needed
     assert blocks(planner) <= 20
     assert planner.lookup(ROOTS[0], chain(ROOTS[0], tuple(range(30, 45))))[1] == 15
+
+
+def test_a_share_is_rounded_up_but_for_what_floating_point_adds() -> None:
+    planner = one_tier(100, evict_ratio=0.07)  # 0.07 * 100 = 7.000000000000001
+    put(planner, *range(100))
+    put(planner, 200)
+    assert planner.tiers[0].counters.evicted_blocks == 7
 
 
 def test_where_the_ratio_cannot_go_what_is_needed_does() -> None:
@@ -457,6 +464,8 @@ def test_more_than_the_threshold_is_stored_if_it_fits() -> None:
     planner = one_tier(20, evict_start_threshold=0.5)
     put(planner, *range(18))
     assert planner.lookup(ROOTS[0], chain(ROOTS[0], tuple(range(18))))[1] == 18
+    put(planner, *range(100, 118))  # as much goes as there is
+    assert blocks(planner) == 18
     put(planner, 20)
     assert blocks(planner) == 10
 
@@ -476,18 +485,18 @@ def test_by_default_exactly_what_is_short_goes(stores: list[tuple[int, ...]]) ->
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple), max_size=25),
     st.floats(0, 1),
-    st.floats(0.01, 1),
+    st.integers(1, 100),
 )
 @settings(max_examples=200, deadline=None)
 def test_whatever_the_options_a_path_is_stored_and_the_threshold_kept(
-    stores: list[tuple[int, ...]], ratio: float, threshold: float
+    stores: list[tuple[int, ...]], ratio: float, percent: int
 ) -> None:
-    planner = one_tier(9, evict_ratio=ratio, evict_start_threshold=threshold)
+    planner = one_tier(9, evict_ratio=ratio, evict_start_threshold=percent / 100)
     for path in stores:
         new = len(path) - sum(planner.index.residency(ROOTS[0], chain(ROOTS[0], path), 0, 0) >= 0)
         put(planner, *path)
         assert planner.lookup(ROOTS[0], chain(ROOTS[0], path))[1] == len(path)
-        limit = int(threshold * 9)
+        limit = 9 * percent // 100
         if new and len(path) <= limit:  # else pins of the path itself are in the way
             assert blocks(planner) <= limit
 
