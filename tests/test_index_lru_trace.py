@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from index_examples import INDEXES
 
 from flexkv_core.index import NO_SLOT, GroupRule
-from flexkv_core.index.reference import ReferenceIndex
 
 TRACE = Path(__file__).parents[1] / "data" / "conversation_trace.jsonl.gz"
 ROOT = hashlib.sha256(b"trace").digest()
@@ -62,8 +63,8 @@ def chained_keys(requests: list[list[int]]) -> list[np.ndarray]:
     return arrays
 
 
-def index_hits(arrays: list[np.ndarray], capacity: int | None) -> tuple[list[int], int]:
-    index = ReferenceIndex(1, ["lru"])
+def index_hits(made: Any, arrays: list[np.ndarray], capacity: int | None) -> tuple[list[int], int]:
+    index = made(1, ["lru"])
     index.add_namespace(ROOT, [GroupRule()])
     hits, evicted, next_slot = [], 0, 0
     free: list[int] = []
@@ -91,16 +92,18 @@ def index_hits(arrays: list[np.ndarray], capacity: int | None) -> tuple[list[int
     return hits, evicted
 
 
-def test_unbounded_totals(requests: list[list[int]]) -> None:
-    hits, _ = index_hits(chained_keys(requests), None)
+@pytest.mark.parametrize("made", INDEXES)
+def test_unbounded_totals(made: Any, requests: list[list[int]]) -> None:
+    hits, _ = index_hits(made, chained_keys(requests), None)
     assert sum(len(ids) for ids in requests) == 276_491
     assert sum(hits) == 105_592
     assert hits == ordered_dict_hits(requests, None)
 
 
+@pytest.mark.parametrize("made", INDEXES)
 @pytest.mark.parametrize("capacity", [10_000, 30_000])
-def test_bounded_is_exactly_lru(requests: list[list[int]], capacity: int) -> None:
-    hits, evicted = index_hits(chained_keys(requests), capacity)
+def test_bounded_is_exactly_lru(made: Any, requests: list[list[int]], capacity: int) -> None:
+    hits, evicted = index_hits(made, chained_keys(requests), capacity)
     print(f"capacity {capacity}: {sum(hits)} hits, {evicted} evicted")
     expected = ordered_dict_hits(requests, capacity)
     assert evicted > 100_000
