@@ -49,7 +49,7 @@ def make(make_index: MakeIndex) -> Make:
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "_registered", {})
+    monkeypatch.setattr(policies._registry, "_registered", {})
 
 
 @pytest.fixture

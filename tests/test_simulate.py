@@ -108,7 +108,10 @@ def test_a_replay_tells_what_was_refused(tmp_path: Path) -> None:
 
 
 def test_time_of_the_trace_decides_over_rewards(tmp_path: Path) -> None:
-    plain, _ = replay(tmp_path, host(800))
-    nothing, _ = replay(tmp_path, host(800, hit_reward_seconds=0))
-    much, _ = replay(tmp_path, host(800, hit_reward_seconds=30))
-    assert plain["hit_blocks"] == nothing["hit_blocks"] != much["hit_blocks"]
+    """If the time stood still, any reward would last for ever."""
+    hits = {
+        reward: replay(tmp_path, host(2000, hit_reward_seconds=reward), limit=1000)[0]["hit_blocks"]
+        for reward in (0, 5, 1_000_000)
+    }
+    assert hits[0] < hits[5] < hits[1_000_000]
+    assert replay(tmp_path, host(2000), limit=1000)[0]["hit_blocks"] == hits[0]
