@@ -5,14 +5,20 @@ The only place that turns a `StackConfig` into tiers. The manager and the simula
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexkv_core.config import Capacity, StackConfig, TierConfig
-from flexkv_core.errors import StackConfigError
+from flexkv_core.errors import PolicyError, StackConfigError
+from flexkv_core.index import Index
 from flexkv_core.index.reference import ReferenceIndex
-from flexkv_core.planner import Planner, TierBook
+from flexkv_core.ledger import Clock, monotonic_microseconds
+from flexkv_core.planner import Planner
+from flexkv_core.policies import Eviction
+from flexkv_core.policies.admission import GuardedAdmission, make_admission
 from flexkv_core.pool import SlotPool
 from flexkv_core.presence import Presence
+from flexkv_core.tier_book import TierBook
 
 MIB = 1 << 20
 EXTENT_BYTES = 32 * MIB
@@ -48,7 +54,8 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
             `unbounded` are then allowed.
 
     Raises:
-        StackConfigError: a capacity that needs a simulation, or none where the tier needs one.
+        StackConfigError: a capacity that needs a simulation, or none where the tier needs one; a third party's
+            admission that cannot be made.
     """
     tiers = list(stack.tiers)
     hosted = tiers.pop(0) if tiers and tiers[0].hosts else None
@@ -60,18 +67,22 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
     books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent), column=0)]
-    policies = [hosted.eviction if hosted is not None else "lru"]
+    columns = 1
     for number, tier in enumerate(tiers, start=1):
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
             pool = SlotPool(size, extent)
-            books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=len(policies)))
-            policies.append(tier.eviction)
+            books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=columns))
+            columns += 1
         else:
             bound = _bytes(tier, tier.capacity, simulated_slot_bytes) if tier.capacity else None
             books.append(TierBook(tier.name, tier.backend, number, "key", bound, presence=Presence(bound)))
-    for book, policy in zip((b for b in books if b.column is not None), policies, strict=True):
-        book.policy = policy
+        books[-1].admission = _admission(tier)
+    for book, config in zip(books, [hosted, *tiers], strict=True):
+        if config is not None:
+            book.eviction = config.eviction
+            book.evict_ratio = config.evict_ratio
+            book.evict_start_threshold = config.evict_start_threshold
     options = hosted.options if hosted is not None else None
     return OpenedBooks(
         books,
@@ -83,10 +94,21 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     )
 
 
-def make_planner(books: list[TierBook]) -> Planner:
-    """A planner over an empty index."""
-    policies = [book.policy for book in books if book.column is not None]
-    return Planner(books, ReferenceIndex(len(policies), policies))
+def make_index(policies: Sequence[Eviction]) -> Index:
+    """An empty index with a column for each policy: the one place that chooses the implementation."""
+    return ReferenceIndex(len(policies), policies)
+
+
+def make_planner(books: list[TierBook], clock: Clock = monotonic_microseconds) -> Planner:
+    """A planner over an empty index; `clock`: microseconds, for policies that count in seconds."""
+    return Planner(books, make_index([book.eviction for book in books if book.column is not None]), clock)
+
+
+def _admission(tier: TierConfig) -> GuardedAdmission | None:
+    try:
+        return make_admission(tier.admission)
+    except PolicyError as error:
+        raise StackConfigError(f"tier {tier.name}: {error}") from error
 
 
 def _bytes(tier: TierConfig, capacity: Capacity | None, slot_bytes: int | None) -> int:

@@ -66,7 +66,7 @@ class StateError(FlexKVError, RuntimeError):
 
 
 class PolicyError(FlexKVError, LookupError):
-    """An eviction policy of unknown or taken name."""
+    """A policy of eviction or admission of unknown or taken name, with bad options, or that cannot be made."""
 
 
 class DirectoryInUseError(FlexKVError, BlockingIOError):

@@ -27,11 +27,11 @@ from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, Manager
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
-from flexkv_core.planner import TierBook
 from flexkv_core.plans import HOST, Move, StorePlan
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Link, Scheduler
 from flexkv_core.seal import seal_blocks
+from flexkv_core.tier_book import TierBook
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import LinkSettings, TierLink
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.index import Keys, Slots
+from flexkv_core.layout import Coverage
 
 HOST = 0
 """Number of the host tier: the first slot-addressed column of the index."""
@@ -39,6 +40,7 @@ class Move:
         host_slots: (m,) int64, in units of `PAGE` bytes of the host region.
         tier_slots: (m,) int64 for slot-addressed tiers, else None.
         payload_bytes, slot_bytes: (m,) int64, without and with padding and seal.
+        epoch: of the namespace's registration; after a reset the move commits nothing.
         generation: of the tier when the move was planned; a tier that lost its medium since has a newer one.
     """
 
@@ -51,6 +53,7 @@ class Move:
     tier_slots: Slots | None
     payload_bytes: npt.NDArray[np.int64]
     slot_bytes: npt.NDArray[np.int64]
+    epoch: int
     generation: int = 0
 
     def __len__(self) -> int:
@@ -77,6 +80,7 @@ class Move:
             None if self.tier_slots is None else self.tier_slots[chosen],
             self.payload_bytes[chosen],
             self.slot_bytes[chosen],
+            self.epoch,
             self.generation,
         )
 
@@ -96,6 +100,7 @@ class FetchPlan:
     """One fetch: what it holds pinned in host memory and what it still waits for.
 
     Attributes:
+        coverages: the rules of the model's groups.
         blocks: length of the prefix that this fetch tries to supply.
         needed, pinned, awaited: (groups, blocks) bool; pinned and awaited are subsets of needed.
         slots: (groups, blocks) int64: host slots of the pinned blocks, `NO_SLOT` elsewhere.
@@ -106,6 +111,7 @@ class FetchPlan:
 
     root: bytes
     keys: Keys
+    coverages: tuple[Coverage, ...]
     blocks: int
     needed: npt.NDArray[np.bool_]
     pinned: npt.NDArray[np.bool_]
@@ -124,6 +130,7 @@ class StorePlan:
         positions, groups, slots: (m,) arrays: where each block's bytes go.
         kept: (groups, n) bool: blocks already in host memory, pinned until the store ends.
         refused: blocks for which there was no room.
+        epoch: of the namespace's registration; after a reset the store commits nothing.
     """
 
     root: bytes
@@ -134,3 +141,4 @@ class StorePlan:
     payload_bytes: npt.NDArray[np.int64]
     kept: npt.NDArray[np.bool_]
     refused: int
+    epoch: int

@@ -117,6 +117,11 @@ class SlotPool:
         _, full, _, rest = self._gaps(kind)
         return int(kind.free.sum() + full.sum() * kind.run_slots + rest.sum())
 
+    def allocated(self, slot_class: int) -> int:
+        """How many slots of the class are allocated."""
+        kind = self._class(slot_class)
+        return int(kind.slots.sum() - kind.free.sum())
+
     def capacity(self, slot_class: int) -> int:
         """How many slots the class would have if all extents were its own."""
         kind = self._class(slot_class)

@@ -192,12 +192,12 @@ class Scheduler:
 
         def piece(listing: Listing) -> None:
             with self._lock:
-                excess = self._planner.add_listing(queue.number, listing.keys, listing.groups, listing.lengths)
+                excess = self._planner.down.add_listing(queue.number, listing.keys, listing.groups, listing.lengths)
             if excess is not None:
                 self._delete(queue, excess, lambda ok: None)
 
         with self._lock:
-            self._planner.begin_listing(queue.number)
+            self._planner.down.begin_listing(queue.number)
         queue.link.list(piece, lambda complete: None)
 
     def _abandon(self, queue: TierQueue) -> None:
@@ -206,7 +206,7 @@ class Scheduler:
             while queue.writes:
                 move = queue.writes.popleft()
                 queue.queued_bytes -= move.nbytes
-                self._planner.drop_write(move)
+                self._planner.down.drop_write(move)
         while queue.reads:
             move = queue.reads.popleft()
             self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
@@ -226,13 +226,13 @@ class Scheduler:
             queue = self._queues[move.tier]
             if queue.link.state not in ("ready", "starting"):
                 with self._lock:
-                    self._planner.drop_write(move)
+                    self._planner.down.drop_write(move)
                 continue
             room = queue.write_limit - queue.queued_bytes
             fits = np.cumsum(move.slot_bytes) <= room
             if not fits.all():
                 with self._lock:
-                    self._planner.drop_write(move.part(~fits))
+                    self._planner.down.drop_write(move.part(~fits))
                 move = move.part(fits)  # noqa: PLW2901
             if len(move):
                 queue.writes.append(move)
@@ -326,7 +326,7 @@ class Scheduler:
 
     def _start_write(self, queue: TierQueue, move: Move) -> None:
         with self._lock:
-            started, deletion = self._planner.start_write(move)
+            started, deletion = self._planner.down.start_write(move)
         queue.queued_bytes -= move.nbytes - (started.nbytes if started is not None else 0)
         if started is not None and len(started) < len(move):
             self._drop_descendants(queue, move.part(slice(len(started), None)))
@@ -349,7 +349,7 @@ class Scheduler:
             queue.queued_bytes -= write.nbytes
             written = statuses[DEEPEST_FIRST] == Status.OK
             with self._lock:
-                self._planner.finish_write(write, written)
+                self._planner.down.finish_write(write, written)
             if not written.all():
                 self._drop_descendants(queue, write.part(~written))
             self._pump(queue)
@@ -374,7 +374,7 @@ class Scheduler:
                     dropped, rest = move.part(after), move.part(~after)
                     if len(dropped):
                         queue.queued_bytes -= dropped.nbytes
-                        self._planner.drop_write(dropped)
+                        self._planner.down.drop_write(dropped)
                     if len(rest):
                         kept.append(rest)
                 else:
@@ -393,7 +393,7 @@ class Scheduler:
             if len(answers) == len(pieces):
                 ok = np.concatenate([answers[i] for i in range(len(pieces))])
                 with self._lock:
-                    self._planner.finish_deletion(deletion, ok)
+                    self._planner.down.finish_deletion(deletion, ok)
                 then(bool(ok.all()))
 
         for number, piece in enumerate(pieces):
@@ -407,7 +407,7 @@ class Scheduler:
 
         def removed(statuses: npt.NDArray[np.uint8]) -> None:
             with self._lock:
-                self._planner.finish_removal(corrupt, statuses != Status.FAILED)
+                self._planner.down.finish_removal(corrupt, statuses != Status.FAILED)
 
         queue.link.submit("delete", _deletion_batch(corrupt, slice(None)), removed)
 

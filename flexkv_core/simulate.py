@@ -18,8 +18,9 @@ from flexkv_core.config import StackConfig
 from flexkv_core.errors import StateError
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
-from flexkv_core.planner import Planner, TierBook
+from flexkv_core.planner import Planner
 from flexkv_core.plans import Deletion, Move, Outcome
+from flexkv_core.tier_book import TierBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class SimulatedCache:
         self._stack = stack
         self._books: list[TierBook] = []
         self._planner: Planner | None = None
+        self._now_us = 0
 
     def register(self, model: ModelSpec) -> Namespace:
         """Size the tiers for this model. Once only: capacities in blocks are of one block size."""
@@ -54,13 +56,18 @@ class SimulatedCache:
         sizes = {group.slot_bytes for group in model.groups}
         opened = open_books(self._stack, simulated_slot_bytes=max(sizes))
         self._books = opened.books
-        self._planner = make_planner(opened.books)
+        self._planner = make_planner(opened.books, lambda: self._now_us)
         namespace = Namespace.of(model)
         self._planner.add_model(namespace.root, model.groups)
         return namespace
 
-    def request(self, root: bytes, keys: Keys) -> RequestOutcome:
-        """Serve one request: look up, fetch what is there, store the rest, write through."""
+    def request(self, root: bytes, keys: Keys, at_s: float = 0.0) -> RequestOutcome:
+        """Serve one request: look up, fetch what is there, store the rest, write through.
+
+        Args:
+            at_s: when it came, in seconds from any start; for policies that count in seconds.
+        """
+        self._now_us = round(at_s * 1e6)
         planner = self._planner
         if planner is None:
             raise StateError("register a model first")
@@ -81,11 +88,11 @@ class SimulatedCache:
 
     @staticmethod
     def _write(planner: Planner, move: Move) -> None:
-        write, deletion = planner.start_write(move)
+        write, deletion = planner.down.start_write(move)
         if deletion is not None:
             _succeed(planner, deletion)
         if write is not None:
-            planner.finish_write(write, np.ones(len(write), np.bool_))
+            planner.down.finish_write(write, np.ones(len(write), np.bool_))
 
     def stats(self) -> dict[str, Any]:
         """The figures of `KVCacheManager.stats` that mean something without bytes."""
@@ -93,4 +100,4 @@ class SimulatedCache:
 
 
 def _succeed(planner: Planner, deletion: Deletion) -> None:
-    planner.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
+    planner.down.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))

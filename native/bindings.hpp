@@ -8,4 +8,5 @@ void bind_seal(nanobind::module_& m);    // seal.cpp: write and verify seals (xx
 void bind_copy(nanobind::module_& m);    // copy.cpp: gather and scatter of fragments
 void bind_memory(nanobind::module_& m);  // memory.cpp: pre-fault, page queries
 void bind_index(nanobind::module_& m);   // index_bindings.cpp: the index
+void bind_sketch(nanobind::module_& m);  // sketch.cpp: which blocks were offered before
 }  // namespace flexkv

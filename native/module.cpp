@@ -13,4 +13,5 @@ NB_MODULE(_native, m) {
   flexkv::bind_copy(m);
   flexkv::bind_memory(m);
   flexkv::bind_index(m);
+  flexkv::bind_sketch(m);
 }

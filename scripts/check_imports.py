@@ -26,9 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what moves where; when; isolation
     ("scheduler",),
     ("planner", "tier_inline", "tier_process"),
-    ("tier_link",),
-    ("tier_worker",),
-    ("tier_wire", "plans"),
+    ("tier_link", "write_through"),
+    ("tier_worker", "ledger"),
+    ("tier_wire", "plans", "tier_book"),
     # what is where
     ("presence",),
     ("index",),

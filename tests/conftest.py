@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from index_examples import INDEXES, MakeIndex, add
 
 from flexkv_core import plugins
+from flexkv_core.index import Index
 
 Install = Callable[..., None]
 
@@ -18,14 +20,22 @@ Install = Callable[..., None]
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Installs a plug-in as pip would: a module and a .dist-info with an entry point, on sys.path.
 
-    Called with the backend's name and the module's source; `version` and `distribution` may be given.
+    Called with the plug-in's name and the module's source; `version`, `distribution`, the entry point's `group`, and
+    `attribute`, what of the module it names, may be given.
     """
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
     modules: list[str] = []
 
-    def install(name: str, source: str, distribution: str | None = None, version: str = "1.0") -> None:
+    def install(
+        name: str,
+        source: str,
+        distribution: str | None = None,
+        version: str = "1.0",
+        group: str = "flexkv.backends",
+        attribute: str = "",
+    ) -> None:
         distribution = distribution or f"plugin-{name}"
         module = distribution.replace("-", "_")
         modules.append(module)
@@ -33,10 +43,25 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         info = site / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[flexkv.backends]\n{name} = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}{attribute}\n")
         plugins.forget_loaded()
 
     yield install
     plugins.forget_loaded()
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(params=INDEXES, ids=lambda made: made.__name__)
+def make_index(request: pytest.FixtureRequest) -> MakeIndex:
+    """Each implementation of the index."""
+    made: MakeIndex = request.param
+    return made
+
+
+@pytest.fixture
+def index(make_index: MakeIndex) -> Index:
+    """Two tiers, lru; one namespace with one group."""
+    made = make_index(2)
+    add(made)
+    return made

@@ -1,15 +1,25 @@
-"""Small words for tests of an index by example: a path is a text, one letter a block."""
+"""Small words for tests of an index by example: a path is a text, one letter a block.
+
+`INDEXES` are the implementations that these tests are run for, by the fixtures `make_index` and `index` of conftest.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from flexkv_core.blocks import block_keys
 from flexkv_core.index import NO_SLOT, Evicted, GroupRule, Index
+from flexkv_core.index.reference import ReferenceIndex
+from flexkv_core.layout import Coverage
 
+INDEXES: list[Any] = [ReferenceIndex]
+
+MakeIndex = Callable[..., Index]
+ALL, WINDOW2, STATE = Coverage(), Coverage.window(2), Coverage("state")
 ROOT = hashlib.sha256(b"a namespace").digest()
 OTHER = hashlib.sha256(b"another namespace").digest()
 NONE = NO_SLOT
@@ -91,3 +101,13 @@ def add(index: Index, *rules: GroupRule, root: bytes = ROOT) -> None:
 def figures(index: Index, *names: str) -> Sequence[int]:
     statistics = index.statistics()
     return [statistics[name] for name in names]
+
+
+def snapshot(index: Index, root: bytes = ROOT, groups: int = 1) -> Any:
+    """All that can be read without knowing keys; `visited` may change with a call that fails."""
+    columns = [index.copies(root, tier, group) for tier in range(2) for group in range(groups)]
+    rows = [
+        sorted(zip(c.slots.tolist(), c.depths.tolist(), map(bytes, c.keys), map(bytes, c.parents), strict=True))
+        for c in columns
+    ]
+    return rows, figures(index, "namespaces", "positions", "orphans", "copies", "pinned")

@@ -10,39 +10,42 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
+from index_calls import WEIGHTS, Path, Space, bad_calls, brief, normal, outcome, rows_of, runs_of, same
 
-from flexkv_core.blocks import block_keys
 from flexkv_core.index import MAX_SLOT, NO_SLOT, GroupRule, Index
 from flexkv_core.layout import Coverage
 from flexkv_core.policies import Eviction
 
 MakeIndex = Callable[[int, Sequence[str | Eviction]], Index]
-Path = tuple[int, ...]
+Pinned = tuple[Space, Path, int, int]
+"""A position by the path that ends there, tier and group."""
 
 TOKENS = 3
 MOST_COPIES = 400
 """Of a tier: above it, inserts make room first, so that trees stay small and change much."""
 COVERAGES = [Coverage(), Coverage(), Coverage.window(1), Coverage.window(3), Coverage("state")]
-UNORDERED = ("copies", "remove_subtree")
 STATISTICS = ("namespaces", "positions", "orphans", "copies", "pinned")
 
 
-@dataclass
-class Space:
-    """A namespace, and the paths that were used in it."""
+@dataclass(frozen=True, eq=False)
+class Range:
+    """Positions [start, stop) of a path in a column."""
 
-    root: bytes
-    rules: list[GroupRule]
-    retired: bool = False
-    paths: deque[Path] = field(default_factory=deque)
+    space: Space
+    path: Path
+    tier: int
+    group: int
+    start: int
+    stop: int
 
-    def keys(self, path: Path) -> np.ndarray:
-        return block_keys(np.array(path, np.int32), 1, self.root)
+    def positions(self, start: int, stop: int) -> list[Pinned]:
+        """Names of some positions of this path and column."""
+        return [(self.space, self.path[: at + 1], self.tier, self.group) for at in range(start, stop)]
 
 
 @dataclass
@@ -71,7 +74,8 @@ class Pair:
         self.spaces: list[Space] = []
         self.forgotten: deque[Space] = deque(maxlen=3)
         self.held: list[set[int]] = [set() for _ in range(self.tiers)]
-        self.pins: Counter[tuple[bytes, bytes, int, int]] = Counter()  # (root, key, tier, group)
+        self.pins: Counter[Pinned] = Counter()
+        self.pinned_ranges: deque[Range] = deque(maxlen=20)
         self.pending: list[Piece] = []
         self.made = 0
         self.known_paths = dice.choice((3, 8, 30))  # few: the same blocks leave and come back
@@ -83,12 +87,12 @@ class Pair:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call both sides and compare; returns the left's answer, or its exception."""
-        self.log.append(f"{method}{_brief(arguments)}")
-        left, right = (_outcome(side, method, arguments) for side in self.sides)
+        self.log.append(f"{method}{brief(arguments)}")
+        left, right = (outcome(side, method, arguments) for side in self.sides)
         if isinstance(left, Exception) or isinstance(right, Exception):
             assert type(left) is type(right), f"{left!r} and {right!r}"
             return left
-        _same(method, _normal(method, left), _normal(method, right))
+        same(method, normal(method, left), normal(method, right))
         return left
 
     def good(self, method: str, *arguments: Any) -> Any:
@@ -129,9 +133,10 @@ class Pair:
             for tier in range(self.tiers):
                 for group in range(len(space.rules)):
                     self.good("copies", space.root, tier, group)
-        if self.pins:
-            for tier in {tier for _, _, tier, _ in self.pins}:
-                self._drop(tier)
+        for (space, path, tier, group), times in self.pins.items():
+            for _ in range(times):
+                self.good("unpin", space.root, space.keys(path), tier, group, len(path) - 1, len(path))
+        self.pins.clear()
         for tier in range(self.tiers):
             for slot_class in classes:
                 while (gone := self.good("evict", tier, 1, slot_class)) is not None:
@@ -204,7 +209,7 @@ class Pair:
         slots = np.array([self.slot(dice) if want else NO_SLOT for want in wanted], np.int64)
         mask = self.call("insert", space.root, keys, tier, group, slots)
         if isinstance(mask, Exception):
-            assert space.retired or space in self.forgotten, mask
+            assert space.retired or space not in self.spaces, mask
             self.taken["insert refused"] += 1
             return
         space.paths.append(path)
@@ -223,7 +228,7 @@ class Pair:
     def match(self, dice: Random) -> None:
         space = self.space(dice)
         found = self.call("match", space.root, space.keys(self.path(dice, space)))
-        if space in self.forgotten:
+        if space not in self.spaces:
             assert isinstance(found, KeyError)
         elif space.retired:
             assert found.blocks == found.tiers.shape[1] == 0
@@ -250,12 +255,13 @@ class Pair:
 
     def pin(self, dice: Random) -> None:
         space = self.space(dice)
-        keys, (tier, group) = space.keys(self.path(dice, space)), self.column(dice, space)
-        if space in self.forgotten:
+        path, (tier, group) = self.path(dice, space), self.column(dice, space)
+        if space not in self.spaces:
             return
+        keys = space.keys(path)
         slots = self.good("residency", space.root, keys, tier, group)
         start, stop = self.range(dice, len(keys))
-        if (runs := _runs(np.flatnonzero(slots != NO_SLOT).tolist())) and dice.random() < 0.8:
+        if (runs := runs_of(np.flatnonzero(slots != NO_SLOT).tolist())) and dice.random() < 0.8:
             first, last = dice.choice(runs)
             start = dice.randint(first, last - 1)
             stop = dice.randint(start + 1, last)
@@ -263,53 +269,56 @@ class Pair:
         error = self.call("pin", space.root, keys, tier, group, start, stop)
         assert (error is None) == legal, error
         self.taken["pin of copies" if legal and start < stop else "pin of nothing" if legal else "pin refused"] += 1
-        if legal:
-            self.pins.update((space.root, key.tobytes(), tier, group) for key in keys[start:stop])
+        if legal and start < stop:
+            self.pinned_ranges.append(Range(space, path, tier, group, start, stop))
+            self.pins.update(self.pinned_ranges[-1].positions(start, stop))
 
     def unpin(self, dice: Random) -> None:
-        """Pins that there are, mostly."""
-        space = self.space(dice)
-        if space in self.forgotten:
+        """Pins that were made and may be there yet, mostly; of those at times a part."""
+        at = self.some_range(dice, pinned=0.85)
+        if at in self.pinned_ranges and dice.random() < 0.8:
+            self.pinned_ranges.remove(at)
+        start, stop = at.start, at.stop
+        if dice.random() < 0.2:
+            start = dice.randint(start, stop)
+        if at.space not in self.spaces:
             return
+        keys = at.space.keys(at.path)
+        pinned = at.positions(start, stop)
+        legal = all(name in self.pins for name in pinned)
+        error = self.call("unpin", at.space.root, keys, at.tier, at.group, start, stop)
+        assert (error is None) == legal, error
+        self.taken["unpin of copies" if legal and pinned else "unpin of nothing" if legal else "unpin refused"] += 1
+        if legal:
+            self.pins -= Counter(pinned)
+
+    def some_range(self, dice: Random, pinned: float) -> Range:
+        """A range that was pinned, with that probability and if there is one; else any."""
+        if self.pinned_ranges and dice.random() < pinned:
+            return dice.choice(list(self.pinned_ranges))
+        space = self.space(dice)
         path = self.path(dice, space)
-        for known in dice.sample(list(space.paths), len(space.paths)) if dice.random() < 0.9 else ():
-            if any(pinned[1] == key.tobytes() for pinned in self.pins for key in space.keys(known)[-1:]):
-                path = known
-        keys, (tier, group) = space.keys(path), self.column(dice, space)
-        names = [(space.root, key.tobytes()) for key in keys]
-        ranges = [self.range(dice, len(keys))]
-        if dice.random() < 0.9:
-            columns = [(t, g) for t in range(self.tiers) for g in range(len(space.rules))]
-            for t, g in dice.sample(columns, len(columns)):
-                if held := [at for at, name in enumerate(names) if (*name, t, g) in self.pins]:
-                    tier, group = t, g
-                    ranges = _runs(held)
-                    break
-        for start, stop in ranges:
-            pinned = [(*name, tier, group) for name in names[start:stop]]
-            legal = all(name in self.pins for name in pinned)
-            error = self.call("unpin", space.root, keys, tier, group, start, stop)
-            assert (error is None) == legal, error
-            self.taken["unpin of copies" if legal and pinned else "unpin of nothing" if legal else "unpin refused"] += 1
-            if legal:
-                self.pins -= Counter(pinned)
+        return Range(space, path, *self.column(dice, space), *self.range(dice, len(path)))
 
     def remove(self, dice: Random) -> None:
-        space = self.space(dice)
-        keys, (tier, group) = space.keys(self.path(dice, space)), self.column(dice, space)
-        start, stop = self.range(dice, len(keys))
+        at = self.some_range(dice, pinned=0.1)
+        start, stop, keys = at.start, at.stop, at.space.keys(at.path)
         if dice.random() < 0.6:
             stop = min(stop, start + dice.randint(0, 3))
-        gone = self.call("remove", space.root, keys, tier, group, start, stop)
-        if isinstance(gone, Exception):
+        gone = self.call("remove", at.space.root, keys, at.tier, at.group, start, stop)
+        if at.space not in self.spaces:
+            return
+        pinned = any(position in self.pins for position in at.positions(start, stop))
+        assert isinstance(gone, Exception) == pinned, gone
+        if pinned:
             self.taken["remove refused"] += 1
         else:
-            self._went(tier, gone[gone != NO_SLOT])
+            self._went(at.tier, gone[gone != NO_SLOT])
 
     def remove_subtree(self, dice: Random) -> None:
-        space = self.space(dice)
-        path = self.path(dice, space)
-        gone = self.call("remove_subtree", space.root, space.keys(() if dice.random() < 0.08 else path))
+        at = self.some_range(dice, pinned=0.15)
+        path = () if dice.random() < 0.08 else at.path
+        gone = self.call("remove_subtree", at.space.root, at.space.keys(path))
         if isinstance(gone, Exception):
             self.taken["remove_subtree refused"] += 1
             return
@@ -380,7 +389,7 @@ class Pair:
             "recover", piece.space.root, piece.tier, piece.group, piece.keys, piece.parents, piece.depths, slots
         )
         if isinstance(mask, Exception):
-            assert piece.space.retired or piece.space in self.forgotten, mask
+            assert piece.space.retired or piece.space not in self.spaces, mask
             self.taken["recover refused"] += 1
             return
         assert not mask[piece.refused].any()
@@ -422,8 +431,8 @@ class Pair:
                     space,
                     tier,
                     group,
-                    _rows([key for key, _ in part]),
-                    _rows([parent for _, (parent, _, _) in part]),
+                    rows_of([key for key, _ in part]),
+                    rows_of([parent for _, (parent, _, _) in part]),
                     np.array([depth for _, (_, depth, _) in part], np.int64),
                     np.array([self.slot(dice) for _ in part], np.int64),
                     np.array([refused for _, (_, _, refused) in part], bool),
@@ -470,53 +479,7 @@ class Pair:
         """One thing wrong at a time; both must raise the same, and nothing may change."""
         space = dice.choice(self.spaces)
         keys = space.keys(self.path(dice, space))
-        n, tier = len(keys), dice.randrange(self.tiers)
-        slots = np.arange(n, dtype=np.int64) + (1 << 39)
-        depths = np.arange(n, dtype=np.int64)
-        high, low = slots.copy(), slots.copy()
-        high[-1], low[0] = MAX_SLOT + 1, -2
-        column = dice.choice([(self.tiers, 0), (-1, 0), (tier, len(space.rules)), (tier, -1)])
-        start, stop = dice.choice([(-1, n), (n, n - 1), (0, n + 1), (n + 1, n + 1)])
-        bad_keys = dice.choice([keys.astype(np.int8), keys[:, :31], keys.reshape(-1), keys.tobytes()])
-        root, stranger = space.root, bytes(32)
-        calls: list[tuple[Any, ...]] = [(name, root, bad_keys) for name in ("match", "touch", "remove_subtree")]
-        calls += [(name, stranger, keys) for name in ("match", "touch", "remove_subtree")]
-        calls += [(name, root, bad_keys, tier, 0, 0, 0) for name in ("pin", "unpin", "remove")]
-        calls += [(name, stranger, keys, tier, 0, 0, n) for name in ("pin", "unpin", "remove")]
-        calls += [(name, root, keys, *column, 0, n) for name in ("pin", "unpin", "remove")]
-        calls += [(name, root, keys, tier, 0, start, stop) for name in ("pin", "unpin", "remove")]
-        calls += [
-            ("residency", root, bad_keys, tier, 0),
-            ("residency", root, keys, *column),
-            ("residency", stranger, keys, tier, 0),
-            ("copies", root, *column),
-            ("copies", stranger, tier, 0),
-            ("retire_namespace", stranger),
-            ("evict", self.tiers, 1),
-            ("evict", -1, 1),
-            ("evict", tier, -1),
-            ("count", self.tiers),
-            ("count", -1),
-            ("drop_tier", self.tiers),
-            ("drop_tier", -1),
-            ("add_namespace", root[:31], [GroupRule()]),
-        ]
-        if not space.retired:
-            calls += [("insert", root, bad_keys, tier, 0, slots), ("insert", root, keys, *column, slots)]
-            calls += [("insert", root, keys, tier, 0, bad) for bad in (high, low, slots[1:], slots.astype(np.int32))]
-            calls += [
-                ("recover", root, tier, 0, bad_keys, keys, depths, slots),
-                ("recover", root, tier, 0, keys, bad_keys, depths, slots),
-                ("recover", root, *column, keys, keys, depths, slots),
-                ("recover", root, tier, 0, keys, keys, depths - 1, slots),
-                ("recover", root, tier, 0, keys, keys, depths[1:], slots),
-                ("recover", root, tier, 0, keys, keys, depths.astype(np.int32), slots),
-                ("recover", root, tier, 0, keys, keys, depths, high),
-                ("recover", root, tier, 0, keys, keys, depths, low),
-                ("recover", root, tier, 0, keys, keys, depths, np.full(n, NO_SLOT, np.int64)),
-                ("recover", root, tier, 0, keys, keys, depths, slots[1:]),
-            ]
-        error = self.call(*dice.choice(calls))
+        error = self.call(*dice.choice(bad_calls(dice, space, keys, self.tiers)))
         assert isinstance(error, (ValueError, TypeError, KeyError)), error
 
     # ---------------------------------------------------------------- slots
@@ -529,84 +492,3 @@ class Pair:
         assert len(gone) == len(slots), "a slot came out twice"
         assert gone <= self.held[tier], "a slot came out that had not gone in"
         self.held[tier] -= gone
-
-
-WEIGHTS = {
-    "insert": 16,
-    "insert_with_gaps": 8,
-    "insert_deeper_part": 6,
-    "match": 6,
-    "residency": 3,
-    "touch": 14,
-    "copies": 2,
-    "advance": 2,
-    "pin": 6,
-    "unpin": 7,
-    "remove": 5,
-    "remove_subtree": 1.5,
-    "evict": 12,
-    "drop_tier": 0.3,
-    "new_namespace": 2,
-    "retire_namespace": 0.7,
-    "recover": 9,
-    "recover_contradictions": 1,
-    "end_recovery": 1,
-    "bad_arguments": 2,
-}
-"""How often each transition is chosen, by name of the method."""
-
-
-def _outcome(side: Index, method: str, arguments: tuple[Any, ...]) -> Any:
-    try:
-        return getattr(side, method)(*arguments)
-    except Exception as error:
-        return error
-
-
-def _normal(method: str, answer: Any) -> list[Any]:
-    """The answer as a list of arrays and plain values; of unordered ones the rows are sorted by slot."""
-    parts = list(answer) if isinstance(answer, tuple) else [answer]
-    if method in UNORDERED:
-        order = np.argsort(answer.slots, kind="stable")
-        parts = [part[order] for part in parts]
-    return parts
-
-
-def _same(method: str, left: list[Any], right: list[Any]) -> None:
-    assert len(left) == len(right), method
-    for one, other in zip(left, right, strict=True):
-        assert type(one) is type(other), (method, one, other)
-        if isinstance(one, np.ndarray):
-            assert one.dtype == other.dtype, (method, one.dtype, other.dtype)
-            assert one.shape == other.shape, (method, one.shape, other.shape)
-            assert (one == other).all(), (method, one, other)
-        else:
-            assert one == other, (method, one, other)
-
-
-def _runs(positions: list[int]) -> list[tuple[int, int]]:
-    """Ascending positions as ranges [start, stop)."""
-    runs: list[tuple[int, int]] = []
-    for at in positions:
-        if runs and runs[-1][1] == at:
-            runs[-1] = (runs[-1][0], at + 1)
-        else:
-            runs.append((at, at + 1))
-    return runs
-
-
-def _rows(keys: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
-
-
-def _brief(arguments: tuple[Any, ...]) -> str:
-    """Arguments for the log: arrays of keys by length and last key."""
-    shown = []
-    for each in arguments:
-        if isinstance(each, np.ndarray) and each.ndim == 2:
-            shown.append(f"<{len(each)} keys{' ..' + each[-1, :3].tobytes().hex() if len(each) else ''}>")
-        elif isinstance(each, bytes):
-            shown.append(each.hex()[:6])
-        else:
-            shown.append(repr(each)[:80].replace("\n", ""))
-    return f"({', '.join(shown)})"

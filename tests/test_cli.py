@@ -226,7 +226,7 @@ def test_pages_are_scattered_and_differ() -> None:
 
 def test_simulated_runner_reports_what_the_cache_says() -> None:
     outcome = SimpleNamespace(blocks=3, hit_blocks=2, hits_by_tier={"ssd": 2}, lookup_seconds=1e-5)
-    cache = SimpleNamespace(request=lambda root, keys: outcome, stats=lambda: {"tiers": {"cpu": {}, "ssd": {}}})
+    cache = SimpleNamespace(request=lambda root, keys, at_s: outcome, stats=lambda: {"tiers": {"cpu": {}, "ssd": {}}})
     runner = SimulatedRunner(cache, SimpleNamespace(root=ROOT))
     recorder = replay(requests()[:4], runner, block_keys, BLOCK_SIZE)
     report = make_report(recorder, runner.stats(), 1.0, simulated=True, verify=True).to_json()

@@ -15,6 +15,7 @@ from flexkv_core.config.sizes import parse_capacity, parse_size
 from flexkv_core.config.source import read_text
 from flexkv_core.config.stack import stack_of
 from flexkv_core.errors import StackConfigError
+from flexkv_core.policies import BUILT_IN, Eviction
 
 BAD = yaml.safe_load((Path(__file__).parent / "data" / "bad_stacks.yaml").read_text())
 
@@ -38,6 +39,21 @@ def test_a_whole_stack(tmp_path: Path) -> None:
     assert stack.tiers[2].write_queue == 64 << 20
     assert stack.tiers[1].deadline_s == 2.0
     assert stack.tiers[0].options.model_dump() == {"huge_pages": True, "prefault": True, "threads": None}
+
+
+def test_options_of_eviction_and_admission() -> None:
+    first = {"backend": "cpu", "capacity": "1GiB", "eviction": "lru", "hit_reward_seconds": 1.5, "evict_ratio": 0.05}
+    lower = {"backend": "directory", "root": "x", "capacity": "1GiB", "admission": "second_touch"}
+    tiers = load_stack({"tiers": [first, {**lower, "evict_start_threshold": 0.7}]}).tiers
+    assert tiers[0].eviction == Eviction("lru", hit_reward_seconds=1.5)
+    assert [(tier.evict_ratio, tier.evict_start_threshold) for tier in tiers] == [(0.05, 1.0), (0.0, 0.7)]
+    assert [tier.admission for tier in tiers] == ["all", "second_touch"]
+    slru = {"backend": "cpu", "capacity": "1GiB", "eviction": "slru", "slru_protected_threshold": 4}
+    assert load_stack({"tiers": [slru]}).tiers[0].eviction == Eviction("slru", slru_protected_threshold=4)
+    plain = load_stack({"tiers": [{"backend": "cpu", "capacity": "1GiB"}]}).tiers[0]
+    assert (plain.eviction, plain.evict_ratio, plain.evict_start_threshold) == (Eviction(), 0.0, 1.0)
+    for name in BUILT_IN:
+        assert load_stack({"tiers": [{**slru, "eviction": name, "slru_protected_threshold": None}]})
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case["says"])

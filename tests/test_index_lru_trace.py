@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from index_examples import INDEXES
 
 from flexkv_core.index import NO_SLOT, GroupRule
-from flexkv_core.index.reference import ReferenceIndex
 
 TRACE = Path(__file__).parents[1] / "data" / "conversation_trace.jsonl.gz"
-INDEXES = [ReferenceIndex]
 ROOT = hashlib.sha256(b"trace").digest()
 BLOCK = 512
 

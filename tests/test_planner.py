@@ -19,10 +19,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.layout import Coverage, KVGroup
-from flexkv_core.planner import Planner, TierBook
+from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, Outcome, StorePlan
+from flexkv_core.policies.admission import GuardedAdmission, SecondTouch
 from flexkv_core.pool import SlotPool
 from flexkv_core.presence import Presence
+from flexkv_core.tier_book import TierBook
 
 PAGE = 4096
 GROUPS = (KVGroup(PAGE), KVGroup(100, Coverage.window(2)))
@@ -42,15 +44,19 @@ def chain(root: bytes, path: tuple[int, ...]) -> np.ndarray:
 
 
 paths = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
-roots = st.sampled_from(ROOTS)
+which_root = st.integers(0, len(ROOTS) - 1)
 
 
-def make_planner() -> Planner:
+def make_planner(*, options: bool = False) -> Planner:
     books = [
         TierBook("cpu", "cpu", 0, "slot", HOST_SLOTS * SLOT, SlotPool(HOST_SLOTS * SLOT, 4 * SLOT), column=0),
         TierBook("ssd", "ssd", 1, "slot", SSD_SLOTS * SLOT, SlotPool(SSD_SLOTS * SLOT, 4 * SLOT), column=1),
         TierBook("dir", "dir", 2, "key", KEYED_BLOCKS * SLOT, presence=Presence(KEYED_BLOCKS * SLOT)),
     ]
+    if options:
+        for book in books:
+            book.evict_ratio, book.evict_start_threshold = 0.3, 0.7
+        books[1].admission = GuardedAdmission("second_touch", SecondTouch())
     planner = Planner(books, ReferenceIndex(2))
     for root in ROOTS:
         planner.add_model(root, GROUPS)
@@ -58,6 +64,7 @@ def make_planner() -> Planner:
 
 
 class PlannerMachine(RuleBasedStateMachine):
+    options = False
     fetches: Bundle[FetchPlan] = Bundle("fetches")
     reads: Bundle[Move] = Bundle("reads")
     stores: Bundle[StorePlan] = Bundle("stores")
@@ -66,7 +73,9 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.planner = make_planner()
+        self.planner = make_planner(options=self.options)
+        self.roots = list(ROOTS)
+        self.resets = 0
         self.host: dict[int, tuple[bytes, int]] = {}
         self.ssd: dict[int, tuple[bytes, int]] = {}
         self.keyed: dict[tuple[bytes, int], int] = {}
@@ -81,9 +90,10 @@ class PlannerMachine(RuleBasedStateMachine):
     # ---- stores
 
     @precondition(lambda self: len(self.open_stores) < 2 and len(self.open_writes) < 3)
-    @rule(target=stores, root=roots, path=paths, offered=st.integers(0, 255))
-    def begin_store(self, root: bytes, path: tuple[int, ...], offered: int) -> StorePlan:
+    @rule(target=stores, which=which_root, path=paths, offered=st.integers(0, 255))
+    def begin_store(self, which: int, path: tuple[int, ...], offered: int) -> StorePlan:
         TRANSITIONS["begin_store"] += 1
+        root = self.roots[which]
         mask = np.array([[True] * len(path), [bool(offered >> i & 1) for i in range(len(path))]])
         plan = self.planner.begin_store(root, chain(root, path), mask)
         self.open_stores.append(plan)
@@ -105,20 +115,21 @@ class PlannerMachine(RuleBasedStateMachine):
         self.open_stores = [p for p in self.open_stores if p is not plan]
         self.planner.abort_store(plan)
 
-    @rule(root=roots, path=paths)
-    def store_and_sink(self, root: bytes, path: tuple[int, ...]) -> None:
+    @rule(which=which_root, path=paths)
+    def store_and_sink(self, which: int, path: tuple[int, ...]) -> None:
         """A store whose writes all succeed at once: fills the lower tiers."""
+        root = self.roots[which]
         TRANSITIONS["store_and_sink"] += 1
         self.sunk.add((root, path))
         plan = self.planner.begin_store(root, chain(root, path), np.ones((2, len(path)), np.bool_))
         for slot, at, group in zip(plan.slots, plan.positions, plan.groups, strict=True):
             self.host[int(slot)] = (plan.keys[at].tobytes(), int(group))
         for move in self.planner.commit_store(plan):
-            started, deletion = self.planner.start_write(move)
+            started, deletion = self.planner.down.start_write(move)
             if deletion is not None:
                 for key, group in zip(deletion.keys, deletion.groups, strict=True):
                     self.keyed.pop((key.tobytes(), int(group)), None)
-                self.planner.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
+                self.planner.down.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
             if started is not None:
                 self._land(started, np.ones(len(started), np.bool_))
 
@@ -129,16 +140,16 @@ class PlannerMachine(RuleBasedStateMachine):
     def start_write(self, data: st.DataObject) -> None:
         TRANSITIONS["start_write"] += 1
         move = self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1)))
-        started, deletion = self.planner.start_write(move)
+        started, deletion = self.planner.down.start_write(move)
         if deletion is not None:
             ok = np.array([data.draw(st.booleans()) for _ in deletion.groups], np.bool_)
             for key, group, gone in zip(deletion.keys, deletion.groups, ok, strict=True):
                 if gone:
                     self.keyed.pop((key.tobytes(), int(group)), None)
-            self.planner.finish_deletion(deletion, ok)
+            self.planner.down.finish_deletion(deletion, ok)
             if started is not None and not ok.all():
                 TRANSITIONS["write_without_room"] += 1
-                self.planner.finish_write(started, np.zeros(len(started), np.bool_))
+                self.planner.down.finish_write(started, np.zeros(len(started), np.bool_))
                 return
         if started is not None:
             self.open_started.append(started)
@@ -159,21 +170,21 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.ssd[int(move.tier_slots[i])] = name
             else:
                 self.keyed[name] = int(move.slot_bytes[i])
-        self.planner.finish_write(move, ok)
+        self.planner.down.finish_write(move, ok)
         assert sum(self.keyed.values()) <= KEYED_BLOCKS * SLOT, "the key-addressed tier is over its capacity"
 
     @precondition(lambda self: self.open_writes)
     @rule(data=st.data())
     def drop_write(self, data: st.DataObject) -> None:
         TRANSITIONS["drop_write"] += 1
-        self.planner.drop_write(self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1))))
+        self.planner.down.drop_write(self.open_writes.pop(data.draw(st.integers(0, len(self.open_writes) - 1))))
 
     # ---- fetches
 
     @precondition(lambda self: len(self.open_fetches) < 2)
-    @rule(target=fetches, root=roots, path=paths)
-    def begin_fetch(self, root: bytes, path: tuple[int, ...]) -> FetchPlan:
-        return self._fetch(root, path)
+    @rule(target=fetches, which=which_root, path=paths)
+    def begin_fetch(self, which: int, path: tuple[int, ...]) -> FetchPlan:
+        return self._fetch(self.roots[which], path)
 
     @precondition(lambda self: self.sunk and len(self.open_fetches) < 3)
     @rule(target=fetches, data=st.data())
@@ -218,7 +229,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 if gone:
                     self.keyed.pop((key.tobytes(), int(group)), None)
             self.undeletable += int((~ok).sum()) * SLOT
-            self.planner.finish_removal(corrupt, ok)
+            self.planner.down.finish_removal(corrupt, ok)
 
     @rule(plan=fetches)
     def deadline(self, plan: FetchPlan) -> None:
@@ -233,18 +244,22 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.release(plan)
 
     @precondition(
-        lambda self: len(self.keyed) > 23 and not self.open_started and not any(r.tier == 2 for r in self.open_reads)
+        lambda self: (
+            len(self.keyed) > (12 if self.options else 23)
+            and not self.open_started
+            and not any(r.tier == 2 for r in self.open_reads)
+        )
     )
     @rule()
     def lose_keyed_tier(self) -> None:
         TRANSITIONS["lose_tier"] += 1
         for move in [m for m in self.open_writes if m.tier == 2]:
-            self.planner.drop_write(move)
+            self.planner.down.drop_write(move)
         self.open_writes = [m for m in self.open_writes if m.tier != 2]
         self.planner.lose_tier(2)
         self.keyed.clear()
 
-    @precondition(lambda self: len(self.ssd) > 18)
+    @precondition(lambda self: len(self.ssd) > (8 if self.options else 18))
     @rule()
     def lose_slot_tier_with_moves_in_flight(self) -> None:
         TRANSITIONS["lose_slot_tier"] += 1
@@ -254,8 +269,19 @@ class PlannerMachine(RuleBasedStateMachine):
             self.planner.finish_read(move, np.full(len(move), Outcome.FAILED, np.uint8))
         self.open_reads = [m for m in self.open_reads if m.tier != 1]
         for move in [m for m in self.open_started if m.tier == 1]:
-            self.planner.finish_write(move, np.zeros(len(move), np.bool_))
+            self.planner.down.finish_write(move, np.zeros(len(move), np.bool_))
         self.open_started = [m for m in self.open_started if m.tier != 1]
+
+    @rule(which=st.integers(0, 127))
+    def reset(self, which: int) -> None:
+        if which >= len(self.roots):  # rarely, so that tiers fill in between
+            return
+        TRANSITIONS["reset"] += 1
+        self.planner.retire(self.roots[which])
+        self.sunk = {(root, path) for root, path in self.sunk if root != self.roots[which]}
+        self.resets += 1
+        self.roots[which] = hashlib.sha256(self.resets.to_bytes(4, "big")).digest()
+        self.planner.add_model(self.roots[which], GROUPS)
 
     # ---- what must hold
 
@@ -281,27 +307,28 @@ class PlannerMachine(RuleBasedStateMachine):
         for move in self.open_reads:
             self.planner.finish_read(move, np.full(len(move), Outcome.FAILED, np.uint8))
         for move in self.open_writes:
-            self.planner.drop_write(move)
+            self.planner.down.drop_write(move)
         for move in self.open_started:
-            self.planner.finish_write(move, np.zeros(len(move), np.bool_))
+            self.planner.down.finish_write(move, np.zeros(len(move), np.bool_))
         for fetch in self.open_fetches:
             self.planner.release(fetch)
         for tier in (0, 1):
-            evicted = self.planner.index.evict(tier, self.planner.index.count(tier))
-            assert evicted is not None, "something is still pinned"
-            pool = self.planner.tiers[tier].pool
-            assert pool is not None
-            pool.free(evicted.slots)
+            book, copies = self.planner.tiers[tier], self.planner.index.count(tier)
+            assert not copies or self.planner._ledger._evict(book, copies, 0), "something is still pinned"
             assert self.planner.tiers[tier].used_bytes == 0
+        assert self.planner.namespaces == len(ROOTS), "an old epoch without copies is still known"
+        assert self.planner.index.statistics()["namespaces"] == len(ROOTS)
         assert not any(tier.queued for tier in self.planner.tiers)
         assert self.planner.tiers[2].reserved_bytes == 0
         assert self.planner.tiers[2].debris_bytes == self.undeletable
 
 
-def test_whatever_happens_the_rules_hold() -> None:
+@pytest.mark.parametrize("options", [False, True])
+def test_whatever_happens_the_rules_hold(options: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     TRANSITIONS.clear()
+    monkeypatch.setattr(PlannerMachine, "options", options)
     machine = settings(
-        max_examples=500,
+        max_examples=400 if options else 500,
         stateful_step_count=60,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -321,6 +348,7 @@ def test_whatever_happens_the_rules_hold() -> None:
             "lose_slot_tier",
             "abort_store",
             "drop_write",
+            "reset",
         )
         if TRANSITIONS[name] < 5
     ]
@@ -343,7 +371,89 @@ def test_a_dropped_write_heals_with_the_next_store_of_the_path() -> None:
     keys = chain(ROOTS[0], (0, 1, 0, 1))
     first = planner.commit_store(planner.begin_store(ROOTS[0], keys[:2], np.ones((2, 2), np.bool_)))
     for move in first:
-        planner.drop_write(move)
+        planner.down.drop_write(move)
     again = planner.commit_store(planner.begin_store(ROOTS[0], keys, np.ones((2, 4), np.bool_)))
     written = {(m.tier, int(g), int(p)) for m in again for g, p in zip(m.groups, m.positions, strict=True)}
     assert written == {(tier, group, at) for tier in (1, 2) for group in (0, 1) for at in range(4)}
+
+
+# ---------------------------------------------------------------- resets
+
+
+def put(planner: Planner, *path: int, root: bytes = ROOTS[0]) -> None:
+    """Store a path and let its writes and deletions succeed."""
+    keys = chain(root, path)
+    groups = len(planner.groups(root))
+    for move in planner.commit_store(planner.begin_store(root, keys, np.ones((groups, len(keys)), np.bool_))):
+        started, deletion = planner.down.start_write(move)
+        if deletion is not None:
+            planner.down.finish_deletion(deletion, np.ones(len(deletion.groups), np.bool_))
+        if started is not None:
+            planner.down.finish_write(started, np.ones(len(started), np.bool_))
+
+
+def test_ten_thousand_resets_leave_nothing_behind() -> None:
+    planner = make_planner()
+    for number in range(10_000):
+        root = hashlib.sha256(number.to_bytes(4, "big")).digest()
+        planner.add_model(root, GROUPS[:1])
+        put(planner, 0, 1, root=root)
+        planner.retire(root)
+        # 8 slots in host memory and 20 below hold the copies of so many old epochs at the most
+        assert planner.namespaces <= 2 + HOST_SLOTS + SSD_SLOTS
+    statistics = planner.index.statistics()
+    assert statistics["namespaces"] == planner.namespaces
+    assert statistics["positions"] <= HOST_SLOTS + SSD_SLOTS
+    assert not any(tier.queued for tier in planner.tiers)
+
+
+def test_an_empty_namespace_is_forgotten_at_once() -> None:
+    planner = make_planner()
+    planner.retire(ROOTS[0])
+    assert planner.namespaces == 1
+    with pytest.raises(UnknownNamespaceError):
+        planner.retire(ROOTS[0])
+
+
+def test_what_was_planned_before_a_reset_commits_to_nothing_after_it() -> None:
+    """Not even to the same namespace, registered anew."""
+    planner = make_planner()
+    keys = chain(ROOTS[0], (0, 1))
+    plan = planner.begin_store(ROOTS[0], keys, np.ones((2, 2), np.bool_))
+    planner.retire(ROOTS[0])
+    planner.add_model(ROOTS[0], GROUPS)
+    assert planner.commit_store(plan) == []
+    assert planner.lookup(ROOTS[0], keys) == (0, 0)
+    assert planner.tiers[0].used_bytes == 0
+
+
+def test_a_reset_while_everything_is_under_way() -> None:
+    """Reads, writes and fetches of a namespace that is gone when they end."""
+    planner = make_planner()
+    keys = chain(ROOTS[0], (0, 1))
+    planner.down.add_listing(2, keys, np.zeros(2, np.uint8), np.full(2, SLOT))
+    planner.down.add_listing(2, keys, np.ones(2, np.uint8), np.full(2, SLOT))
+    first, second = planner.begin_fetch(ROOTS[0], keys), planner.begin_fetch(ROOTS[0], keys)
+    assert len(first.reads) == 2
+    assert second.awaited.all()
+    planner.retire(ROOTS[0])
+    assert planner.namespaces == 1
+    planner.finish_read(first.reads[0], np.full(2, Outcome.GOOD, np.uint8))
+    planner.finish_read(first.reads[1], np.full(2, Outcome.CORRUPT, np.uint8))
+    for fetch in (first, second):
+        assert planner.ready(fetch) == 0
+        assert not fetch.awaited.any()
+        planner.release(fetch)
+    assert planner.tiers[0].used_bytes == 0
+    moves = planner.commit_store(planner.begin_store(ROOTS[1], chain(ROOTS[1], (0,)), np.ones((2, 1), np.bool_)))
+    planner.retire(ROOTS[1])
+    planner.lose_tier(1)
+    for move in moves:
+        write, _ = planner.down.start_write(move)
+        assert write is not None
+        planner.down.finish_write(write, np.ones(len(write), np.bool_))
+    assert planner.tiers[1].used_bytes == 0
+    assert planner.namespaces == 1  # its copies in host memory go first when there is need
+    planner.add_model(b"c" * 32, GROUPS[:1])
+    put(planner, *range(HOST_SLOTS), root=b"c" * 32)
+    assert planner.namespaces == 1

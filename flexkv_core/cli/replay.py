@@ -71,7 +71,7 @@ def replay(
         blocks = request.input_length // block_size
         if blocks:
             tokens = request_tokens(request)[: blocks * block_size]
-            served = runner.serve(block_keys(tokens, block_size, runner.root))
+            served = runner.serve(block_keys(tokens, block_size, runner.root), request.timestamp_ms / 1000)
             memcpy.after(served)
         else:
             served = Served(0, 0, {}, 0.0)

@@ -20,6 +20,7 @@ from flexkv_core.cli.runners import Served
 TIER_FIELDS = (
     "stored_blocks",
     "evicted_blocks",
+    "rejected_blocks",
     "bytes_read",
     "bytes_written",
     "corrupt_blocks",
@@ -143,7 +144,7 @@ def print_report(report: Report, console: Console) -> None:
     title = "replay, simulated" if report.simulated else "replay"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("tier", no_wrap=True)
-    headings = ("hits", "share", "stored", "evicted", "read", "written", "corrupt", "failed")
+    headings = ("hits", "share", "stored", "evicted", "rejected", "read", "written", "corrupt", "failed")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, tier in report.tiers.items():
@@ -153,6 +154,7 @@ def print_report(report: Report, console: Console) -> None:
             _share(tier["hit_blocks"], report.blocks),
             f"{tier['stored_blocks']:,}",
             f"{tier['evicted_blocks']:,}",
+            f"{tier['rejected_blocks']:,}",
             format_bytes(tier["bytes_read"]),
             format_bytes(tier["bytes_written"]),
             f"{tier['corrupt_blocks']:,}",

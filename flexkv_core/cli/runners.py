@@ -67,8 +67,13 @@ class Runner(Protocol):
     def notes(self) -> list[str]:
         """What the reader of the report must know, such as a drain that was given up."""
 
-    def serve(self, keys: Keys) -> Served:
-        """Look up, load, check and store the blocks of one request; `keys` is (n, 32) uint8, n >= 1."""
+    def serve(self, keys: Keys, at_s: float) -> Served:
+        """Look up, load, check and store the blocks of one request.
+
+        Args:
+            keys: (n, 32) uint8, n >= 1.
+            at_s: seconds of the trace when it came. A cache with bytes goes by the machine's clock instead.
+        """
 
     def stats(self) -> Mapping[str, Any]:
         """The cache's counters, by tier under "tiers"."""
@@ -82,8 +87,8 @@ class SimulatedRunner:
         self.root: bytes = namespace.root
         self.notes: list[str] = []
 
-    def serve(self, keys: Keys) -> Served:
-        outcome = self._cache.request(self.root, keys)
+    def serve(self, keys: Keys, at_s: float) -> Served:
+        outcome = self._cache.request(self.root, keys, at_s)
         return Served(outcome.blocks, outcome.hit_blocks, dict(outcome.hits_by_tier), outcome.lookup_seconds)
 
     def stats(self) -> Mapping[str, Any]:
@@ -140,7 +145,7 @@ class BytesRunner:
         self.root: bytes = namespace.root
         self.notes: list[str] = []
 
-    def serve(self, keys: Keys) -> Served:
+    def serve(self, keys: Keys, at_s: float) -> Served:
         content = self._pages.content
         pages = self._pages.take(len(keys))
         started = time.perf_counter()

@@ -7,7 +7,7 @@ its own pydantic model. Every error names file, line, column, key, value and the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +19,8 @@ from flexkv_core.config.sizes import Capacity, Size, parse_capacity
 from flexkv_core.config.source import Path_, Source, read_source
 from flexkv_core.errors import BackendLoadError, BackendNotFoundError, PolicyError
 from flexkv_core.plugins import load_backend
-from flexkv_core.policies import make_policy
+from flexkv_core.policies import Eviction, check_policy
+from flexkv_core.policies.admission import check_admission
 from flexkv_core.testing.faults import FaultConfig
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -27,12 +28,16 @@ Model = TypeVar("Model", bound=BaseModel)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 
-def _known_policy(name: str) -> str:
-    try:
-        make_policy(name)
-    except PolicyError as error:
-        raise ValueError(str(error)) from None
-    return name
+def _known(check: Callable[[str], str]) -> BeforeValidator:
+    """Accept the names that `check` accepts."""
+
+    def known(name: Any) -> str:
+        try:
+            return check(str(name))
+        except PolicyError as error:
+            raise ValueError(str(error)) from None
+
+    return BeforeValidator(known)
 
 
 class TierKeys(BaseModel):
@@ -43,7 +48,12 @@ class TierKeys(BaseModel):
     backend: str
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     capacity: Annotated[Capacity, BeforeValidator(parse_capacity)] | None = None
-    eviction: Annotated[str, BeforeValidator(_known_policy)] = "lru"
+    eviction: Annotated[str, _known(check_policy)] = "lru"
+    hit_reward_seconds: Annotated[float, Field(ge=0, le=1e9, strict=True)] | None = None
+    slru_protected_threshold: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    evict_ratio: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    evict_start_threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
+    admission: Annotated[str, _known(check_admission)] = "all"
     isolation: Literal["process", "none"] = "process"
     deadline_s: Annotated[float, Field(gt=0, le=86400, strict=True)] = 10.0
     write_queue: Size | None = None
@@ -69,6 +79,9 @@ class TierConfig:
         hosts: it is the host tier (first of the stack, lives in the host region).
         options: the backend's own config.
         capacity: None where the backend bounds itself.
+        evict_ratio: at least this share of the capacity is evicted at a time.
+        evict_start_threshold: eviction starts when this share of the capacity would be passed.
+        admission: which of the blocks that requests offer the tier takes; the host tier takes all.
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
         deadline_s: a call of the backend that takes longer gets its process killed.
     """
@@ -79,7 +92,10 @@ class TierConfig:
     hosts: bool
     options: BackendConfig
     capacity: Capacity | None
-    eviction: str
+    eviction: Eviction
+    evict_ratio: float
+    evict_start_threshold: float
+    admission: str
     isolation: Literal["process", "none"]
     deadline_s: float
     write_queue: int | None
@@ -141,20 +157,56 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         raise source.error(path, "the key capacity is missing: write one, such as 32GiB")
     if spec.addressing == "slot" and keys.capacity is None:
         raise source.error(path, f"the key capacity is missing: a {spec.name} tier needs one, such as 1TiB")
+    hosts = spec.hosts and number == 0
+    _refuse_contradictions(source, path, spec, keys, hosts=hosts)
     return TierConfig(
         backend=spec.name,
         name=name,
         addressing=spec.addressing,
-        hosts=spec.hosts and number == 0,
+        hosts=hosts,
         options=options,
         capacity=keys.capacity,
-        eviction=keys.eviction,
+        eviction=_eviction(keys),
+        evict_ratio=keys.evict_ratio,
+        evict_start_threshold=keys.evict_start_threshold,
+        admission=keys.admission,
         isolation=keys.isolation,
         deadline_s=keys.deadline_s,
         write_queue=keys.write_queue,
         state_directory=keys.state_directory,
         faults=keys.faults,
     )
+
+
+def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys: TierKeys, *, hosts: bool) -> None:
+    """Refuse options that would do nothing, or that speak of another policy."""
+
+    def refuse(key: str, problem: str) -> None:
+        raise source.error((*path, key), problem)
+
+    for key, policy in (("hit_reward_seconds", "lru"), ("slru_protected_threshold", "slru")):
+        if getattr(keys, key) is not None and keys.eviction != policy:
+            refuse(key, f"is an option of eviction: {policy}, and this tier has {keys.eviction}: leave one of them out")
+    if spec.addressing == "key":
+        why = f"a {spec.name} tier is key-addressed, and keeps what was used last"
+        if keys.eviction != "lru":
+            refuse("eviction", f"{keys.eviction!r}: {why}: write lru, or leave the key out")
+        if keys.hit_reward_seconds is not None:
+            refuse("hit_reward_seconds", f"{why}, without rewards: leave the key out")
+    for key in ("evict_ratio", "evict_start_threshold"):
+        if key in keys.model_fields_set and keys.capacity is None:
+            refuse(key, "this tier has no capacity and bounds itself: give it a capacity, or leave the key out")
+    if hosts and "admission" in keys.model_fields_set:
+        refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
+
+
+def _eviction(keys: TierKeys) -> Eviction:
+    options = {
+        key: value
+        for key in ("hit_reward_seconds", "slru_protected_threshold")
+        if (value := getattr(keys, key)) is not None
+    }
+    return Eviction(keys.eviction, **options)
 
 
 def _spec(source: Source, path: Path_, name: str) -> BackendSpec:

@@ -8,13 +8,12 @@ index, under its lock.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Protocol
 
 from flexkv_core.errors import PolicyError
+from flexkv_core.policies.registry import Registry
 
 POLICY_ENTRY_POINTS = "flexkv.policies"
 BUILT_IN = ("lru", "lfu", "slru", "fifo", "mru", "filo", "s3fifo")
@@ -65,29 +64,29 @@ class Eviction:
         return round(self.hit_reward_seconds * 1e6)
 
 
-_registered: dict[str, Callable[[], Policy]] = {}
+_registry: Registry[Policy] = Registry(
+    key="eviction",
+    kind="eviction policy",
+    entry_points=POLICY_ENTRY_POINTS,
+    built_in=BUILT_IN,
+    methods=("insert", "hit", "order"),
+    protocol="flexkv_core.policies.Policy",
+)
 
 
 def policy_names() -> list[str]:
     """Names that a stack's `eviction:` may have, sorted."""
-    return sorted({*BUILT_IN, *_registered, *(entry.name for entry in _entry_points())})
+    return _registry.names()
 
 
 def register_policy(name: str, factory: Callable[[], Policy]) -> None:
     """Make a third party's policy known by name. Raises PolicyError if the name is taken."""
-    if name in policy_names():
-        raise PolicyError(f"eviction policy {name!r} is registered already: choose another name")
-    _registered[name] = factory
+    _registry.register(name, factory)
 
 
 def check_policy(name: str) -> str:
     """Return the name if there is such a policy. Raises PolicyError naming the nearest known one."""
-    known = policy_names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known ones are {', '.join(known)}"
-        raise PolicyError(f"eviction {name!r} is not a known policy: {hint}")
-    return name
+    return _registry.check(name)
 
 
 def make_custom(name: str) -> Policy | None:
@@ -95,24 +94,4 @@ def make_custom(name: str) -> Policy | None:
 
     Raises PolicyError if there is none of that name, or it cannot be made; the text names what provides it.
     """
-    if name in BUILT_IN:
-        return None
-    check_policy(name)
-    where = f"eviction policy {name!r}"
-    try:
-        factory = _registered.get(name)
-        if factory is None:
-            entry = next(entry for entry in _entry_points() if entry.name == name)
-            where = f"eviction policy {name!r} of {entry.dist.name if entry.dist else 'unknown'}"
-            factory = entry.load()
-        made = factory()
-    except Exception as error:
-        raise PolicyError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
-    missing = [method for method in ("insert", "hit", "order") if not callable(getattr(made, method, None))]
-    if missing:
-        raise PolicyError(f"{where} has no method {', '.join(missing)}: see flexkv_core.policies.Policy")
-    return made
-
-
-def _entry_points() -> list[metadata.EntryPoint]:
-    return list(metadata.entry_points(group=POLICY_ENTRY_POINTS))
+    return _registry.make(name)

@@ -7,7 +7,7 @@ namespace flexkv::index {
 
 Forest::Forest(Shared& shared, uint32_t groups)
     : shared_(shared), groups_(groups), columns_(groups * shared.tiers),
-      stride_((sizeof(Node) + columns_ * sizeof(Column) + groups * sizeof(GroupState) + 7) / 8 * 8), tiles_(columns_), places_(columns_) {}
+      stride_((sizeof(Node) + columns_ * sizeof(Column) + groups * sizeof(GroupState) + 7) / 8 * 8), tiles_(columns_), links_(columns_) {}
 
 Forest::~Forest() {
   for (const auto& space : spaces_) {
@@ -38,8 +38,9 @@ Space& Forest::add_space(const uint8_t* root, std::vector<Rule> rules, std::vect
     spaces_[space.number] = std::move(made);
   }
   for (uint32_t column = 0; column < columns_; ++column) {
-    space.heaps.emplace_back(*this, space.root, column, column / shared_.tiers, 0);
-    space.heaps.emplace_back(*this, space.root, column, column / shared_.tiers, kSecondQueue);
+    const bool listed = shared_.policies[column % shared_.tiers].kind != Policy::Kind::kCustom;
+    space.queues.emplace_back(*this, space.root, column, column / shared_.tiers, 0, listed);
+    space.queues.emplace_back(*this, space.root, column, column / shared_.tiers, Link::kSecond, listed);
   }
   space.top = take_node(space.number, 0);
   space.orphans = take_node(space.number, 0);
@@ -48,7 +49,7 @@ Space& Forest::add_space(const uint8_t* root, std::vector<Rule> rules, std::vect
 }
 
 void Forest::free_space(Space& space) {
-  for (CandidateHeap& heap : space.heaps) space.contests[heap.column]->retired.leave(&heap);
+  for (Queue& queue : space.queues) space.contests[queue.column]->retired.leave(&queue);
   give_node(space.top);
   give_node(space.orphans);
   free_spaces_.push_back(space.number);
@@ -57,11 +58,11 @@ void Forest::free_space(Space& space) {
 
 void Forest::retire(Space& space) {
   space.retired = true;
-  for (size_t number = 0; number < space.heaps.size(); ++number) {
-    CandidateHeap& heap = space.heaps[number];
-    Contest& contest = *space.contests[heap.column];
-    contest.live[number % 2].leave(&heap);
-    contest.retired.fix(&heap);
+  for (size_t number = 0; number < space.queues.size(); ++number) {
+    Queue& queue = space.queues[number];
+    Contest& contest = *space.contests[queue.column];
+    contest.live[number % 2].leave(&queue);
+    contest.retired.fix(&queue);
   }
 }
 
@@ -108,7 +109,7 @@ uint32_t Forest::walk(Space& space, const uint8_t* keys, uint32_t count, Path& p
       found = common(node(child), rest, std::min(node(child).length, count - known));
       if (at != space.top) {
         unlink(child);
-        link(at, child);
+        hang(at, child);
       }
     }
     if (found == 0) break;
@@ -133,7 +134,7 @@ NodeId Forest::take_node(uint32_t space, uint32_t start) {
       void* memory = std::aligned_alloc(64, (kNodeChunk * stride_ + 63) / 64 * 64);
       if (memory == nullptr) throw std::bad_alloc();
       node_chunks_.push_back(static_cast<uint8_t*>(memory));
-      for (auto& places : places_) places.resize(node_chunks_.size() * kNodeChunk, kNone);
+      for (auto& links : links_) links.resize(node_chunks_.size() * kNodeChunk);
     }
     id = next_node_++;
   }
@@ -185,7 +186,7 @@ void Forest::assign_tiles(Node& here, const std::vector<TileId>& tiles) {
   std::copy(tiles.begin(), tiles.end(), here.tile_capacity == 0 ? here.tiles.few : here.tiles.many);
 }
 
-void Forest::link(NodeId parent, NodeId child) {
+void Forest::hang(NodeId parent, NodeId child) {
   Node &above = node(parent), &below = node(child);
   below.parent = parent;
   below.previous = kNone;
@@ -220,7 +221,7 @@ void Forest::replace_child(NodeId old_child, NodeId new_child) {
 
 NodeId Forest::new_child(Space& space, NodeId parent, uint32_t start, const uint8_t* keys, uint32_t count) {
   const NodeId id = take_node(space.number, start);
-  link(parent, id);
+  hang(parent, id);
   for (uint32_t group = 0; group < groups_; ++group) {
     groups_of(node(id))[group].stranded =
         groups_of(node(parent))[group].stranded || leads_to_hole(node(parent), group);
@@ -259,11 +260,8 @@ void Forest::extend(NodeId id, const uint8_t* keys, uint32_t count) {
 
 // A candidate is in another node now.
 void Forest::rename_candidate(Space& space, uint32_t column, NodeId from, NodeId to) {
-  const uint32_t place = places_[column][from];
-  if (place == kNone) return;
-  space.heaps[2 * column + (place & kSecondQueue ? 1 : 0)].rename(place & ~kSecondQueue, to);
-  places_[column][from] = kNone;
-  places_[column][to] = place;
+  const Link& link = links_[column][from];
+  if (!link.absent()) queue_of(space, column, link.second()).rename(from, to);
 }
 
 void Forest::give_tile(TileId tile) {
@@ -545,14 +543,14 @@ void Forest::prune(std::vector<NodeId>& dirty) {
 
 size_t Forest::memory_bytes() const {
   size_t bytes = node_chunks_.size() * kNodeChunk * stride_ + tiles_.memory_bytes() + by_first_key_.memory_bytes() +
-                 tile_list_bytes_ + columns_ * node_chunks_.size() * kNodeChunk * sizeof(uint32_t) + extras_.size() * sizeof(Extra) + tile_notes_.capacity() * sizeof(TileNote) +
+                 tile_list_bytes_ + columns_ * node_chunks_.size() * kNodeChunk * sizeof(Link) + extras_.size() * sizeof(Extra) + tile_notes_.capacity() * sizeof(TileNote) +
                  tile_by_key_.memory_bytes() + orphans_by_parent_.memory_bytes() +
                  orphan_parents_.size() * (sizeof(Name) + 32);
   for (const Extra& extra : extras_) bytes += extra.memory_bytes();
   for (const auto& space : spaces_) {
     if (!space) continue;
     bytes += sizeof(Space);
-    for (const CandidateHeap& heap : space->heaps) bytes += sizeof heap + heap.memory_bytes();
+    for (const Queue& queue : space->queues) bytes += sizeof queue + queue.memory_bytes();
   }
   return bytes;
 }

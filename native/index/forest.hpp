@@ -1,8 +1,8 @@
 // The trees of all namespaces with one number of KV groups: path-compressed nodes over tiles.
 //
 // A node is a run of positions without a branch. For each column (tier, group) it knows how many copies it has, the
-// deepest one, the children whose subtrees have any, and where its candidate for eviction stands: at most the deepest
-// copy of a node can go first, and only if nothing below it has a copy. So heaps hold one entry a node, not a block.
+// deepest one, and the children whose subtrees have any. At most the deepest copy of a node can go first, and only if
+// nothing below it has a copy: so queues of candidates hold one entry a node, not a block.
 //
 // Files: forest.cpp (walks, nodes, split and merge), residency.cpp (copies, recency, pins, holes), match.cpp,
 // recover.cpp. What spans namespaces (evicting, ghosts, the clock) is index.hpp.
@@ -11,7 +11,7 @@
 #include <map>
 #include <unordered_map>
 
-#include "heap.hpp"
+#include "candidates.hpp"
 #include "key_map.hpp"
 #include "runs.hpp"
 #include "tiles.hpp"
@@ -19,12 +19,12 @@
 namespace flexkv::index {
 
 class Forest;
-using CandidateHeap = Heap<Forest>;
+using Queue = Candidates<Forest>;
 
 // What competes for the room of one tier and slot class.
 struct Contest {
-  Tournament<CandidateHeap> live[2];  // by queue of s3fifo; other policies use the first
-  Tournament<CandidateHeap> retired;
+  Tournament<Queue> live[2];  // by queue of s3fifo; other policies use the first
+  Tournament<Queue> retired;
   uint64_t copies = 0;
   uint64_t small = 0;  // s3fifo: copies in the small queue
 };
@@ -80,7 +80,7 @@ struct Space {
   bool retired = false;
   uint64_t copies = 0;
   uint64_t positions = 0;
-  std::deque<CandidateHeap> heaps;   // two a column
+  std::deque<Queue> queues;        // two a column
   std::vector<Contest*> contests;    // one a column
   uint64_t orphan_count = 0;
 };
@@ -159,12 +159,12 @@ class Forest {
   uint8_t* key(NodeId id, uint32_t position) { return key_in(node(id), position); }
   void prefetch_pruning(NodeId id);
 
-  // ---- asked by heaps
-  void moved(NodeId id, uint32_t column, uint32_t place) { places_[column][id] = place; }
+  // ---- asked by queues of candidates
+  Link& link(NodeId id, uint32_t column) { return links_[column][id]; }
+  Order order(NodeId id, uint32_t column);
+  uint32_t depth(NodeId id, uint32_t column) { return node(id).start + columns(id)[column].top - 1; }
   const uint8_t* candidate_key(NodeId id, uint32_t column) { return key(id, columns(id)[column].top - 1); }
-
-  uint32_t candidate_depth(NodeId id, uint32_t column) { return node(id).start + columns(id)[column].top - 1; }
-  void prefetch(NodeId id) const;
+  void prefetch(NodeId id, uint32_t column) const;
   void prefetch_blocks(NodeId id);
 
   uint64_t nodes() const { return nodes_in_use_; }
@@ -173,7 +173,6 @@ class Forest {
  private:
   friend class Recovery;
   static constexpr uint32_t kNodeChunk = 1024;
-  static constexpr uint32_t kSecondQueue = 1u << 31;  // mark on places in an s3fifo main queue
   static constexpr uint32_t kMergeLimit = 4096;       // blocks that a merge may copy
 
   Node& node(NodeId id) {
@@ -210,7 +209,7 @@ class Forest {
   void give_node(NodeId id);
   void reserve_tiles(Node& node, uint32_t count);
   void assign_tiles(Node& node, const std::vector<TileId>& tiles);
-  void link(NodeId parent, NodeId child);
+  void hang(NodeId parent, NodeId child);
   void unlink(NodeId child);
   void replace_child(NodeId old_child, NodeId new_child);
   NodeId find_child(NodeId parent, const uint8_t* key);
@@ -237,7 +236,9 @@ class Forest {
   void set_hole(NodeId id, uint32_t group, uint32_t hole);
   void spread_stranded(NodeId id, uint32_t group);
   bool leads_to_hole(Node& node, uint32_t group);
-  void leave_heap(NodeId id, uint32_t column);
+  void leave_queue(NodeId id, uint32_t column);
+  Queue& queue_of(Space& space, uint32_t column, bool second) { return space.queues[2 * column + (second ? 1 : 0)]; }
+  void fix(Space& space, uint32_t column, bool second);
   Extra& extra_of(Column& column);
   void drop_extra(Column& column);
   void tidy_extra(Column& column);
@@ -274,9 +275,7 @@ class Forest {
   Tiles tiles_;
   KeyMap by_first_key_;
   std::vector<uint8_t*> node_chunks_;
-  // By column and node: where the node's candidate stands in its heap, kNone if it has none. Apart from the nodes,
-  // because each eviction writes some of them and they are cached better so.
-  std::vector<std::vector<uint32_t>> places_;
+  std::vector<std::vector<Link>> links_;  // by column and node
   uint32_t next_node_ = 0;
   NodeId free_node_ = kNone;
   uint64_t nodes_in_use_ = 0;

@@ -243,30 +243,29 @@ void Index::drop_tier(uint32_t tier) {
 
 // ---------------------------------------------------------------- eviction
 
-CandidateHeap* Index::choose(Contest& contest, uint32_t tier) {
+Queue* Index::choose(Contest& contest, uint32_t tier) {
   if (!contest.retired.empty()) return contest.retired.top();
-  CandidateHeap* first = contest.live[0].top();
+  Queue* first = contest.live[0].top();
   if (shared_.policies[tier].kind != Policy::Kind::kS3Fifo) return first;
-  CandidateHeap* second = contest.live[1].top();
+  Queue* second = contest.live[1].top();
   if (first == nullptr || second == nullptr) return first != nullptr ? first : second;
-  if (first->top().rank < kLive) return first;  // stranded
+  if (is_stranded(first->top_order())) return first;
   return contest.small * 10 >= contest.copies ? first : second;
 }
 
 // S3-FIFO: whether the candidate was spared, to be judged again later.
-bool Index::second_chance(CandidateHeap& heap, Contest& contest) {
-  const Entry top = heap.top();
-  Forest& forest = heap.owner;
-  const uint32_t position = forest.candidate_position(top.node, heap.column);
-  const State old = forest.state_at(top.node, heap.column, position);
+bool Index::second_chance(Queue& queue, NodeId node, Contest& contest) {
+  Forest& forest = queue.owner;
+  const uint32_t position = forest.candidate_position(node, queue.column);
+  const State old = forest.state_at(node, queue.column, position);
   const uint32_t uses = old.aux & Policy::kUses;
   const bool main = (old.aux & Policy::kMain) != 0;
   if (main ? uses == 0 : uses <= 1) return false;
   const State made{++tick_, main ? (old.aux - 1) : Policy::kMain};
   if (!main) --contest.small;
-  steps_.push_back({&forest, top.node, heap.column, position, kEmpty, old, false});
-  forest.set_state(top.node, heap.column, position, position + 1, made);
-  forest.refresh(top.node, heap.column);
+  steps_.push_back({&forest, node, queue.column, position, kEmpty, old, false});
+  forest.set_state(node, queue.column, position, position + 1, made);
+  forest.refresh(node, queue.column);
   return true;
 }
 
@@ -296,20 +295,19 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
   steps_.clear();
   uint64_t gone = 0;
   while (gone < count) {
-    CandidateHeap* heap = choose(contest, tier);
-    if (heap == nullptr) break;
+    Queue* queue = choose(contest, tier);
+    if (queue == nullptr) break;
     ++shared_.visited;
-    Forest& forest = heap->owner;
-    const Entry top = heap->top();
-    forest.prefetch_blocks(top.node);
-    heap->prefetch_next();
-    const uint32_t number = heap->column;
-    const bool judged = s3fifo && contest.retired.empty() && top.rank >= kLive;
-    if (judged && second_chance(*heap, contest)) continue;
-    const uint32_t position = forest.candidate_position(top.node, number);
-    const State state = forest.state_at(top.node, number, position);
-    const uint64_t slot = forest.detach(top.node, number, position);
-    steps_.push_back({&forest, top.node, number, position, slot, state, judged && (state.aux & Policy::kMain) == 0});
+    Forest& forest = queue->owner;
+    const NodeId node = queue->top();
+    const uint32_t number = queue->column;
+    queue->prefetch_next(node);
+    const bool judged = s3fifo && contest.retired.empty() && !is_stranded(queue->top_order());
+    if (judged && second_chance(*queue, node, contest)) continue;
+    const uint32_t position = forest.candidate_position(node, number);
+    const State state = forest.state_at(node, number, position);
+    const uint64_t slot = forest.detach(node, number, position);
+    steps_.push_back({&forest, node, number, position, slot, state, judged && (state.aux & Policy::kMain) == 0});
     ++gone;
   }
   if (gone < count) {

@@ -85,8 +85,8 @@ class Index {
   uint32_t column(const Tree& tree, uint32_t tier, uint32_t group) const;
   Ghost* ghost(uint32_t tier);
   void forget_if_over(const Tree& tree);
-  CandidateHeap* choose(Contest& contest, uint32_t tier);
-  bool second_chance(CandidateHeap& heap, Contest& contest);
+  Queue* choose(Contest& contest, uint32_t tier);
+  bool second_chance(Queue& queue, NodeId node, Contest& contest);
   void undo();
 
   Shared shared_;

@@ -161,10 +161,12 @@ void Forest::copies(Space& space, uint32_t number, CopyRows& rows) {
   }
 }
 
-void Forest::prefetch(NodeId id) const {
+void Forest::prefetch(NodeId id, uint32_t column) const {
   const uint8_t* memory = reinterpret_cast<const uint8_t*>(&node(id));
   __builtin_prefetch(memory);
   __builtin_prefetch(memory + 64);
+  __builtin_prefetch(memory + 128);
+  __builtin_prefetch(&links_[column][id]);
 }
 
 // The last tile of a node: its candidates for eviction lie there.

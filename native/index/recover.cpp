@@ -61,7 +61,7 @@ void Forest::join_orphans(Space& space, NodeId id, uint32_t position) {
       if (columns(orphan)[number].populated()) unpopulated(orphan, number);
     }
     unlink(orphan);
-    link(id, orphan);
+    hang(id, orphan);
     for (uint32_t number = 0; number < columns_; ++number) {
       if (columns(orphan)[number].populated()) populated(orphan, number);
     }

@@ -127,16 +127,27 @@ void Forest::pin(const Path& path, uint32_t number, uint32_t start, uint32_t sto
 
 bool Forest::leads_to_hole(Node& here, uint32_t group) { return groups_of(here)[group].hole != GroupState::kNoHole; }
 
-void Forest::leave_heap(NodeId id, uint32_t number) {
-  const uint32_t place = places_[number][id];
-  if (place == kNone) return;
-  Space& space = space_of(id);
-  const bool second = (place & kSecondQueue) != 0;
-  CandidateHeap& heap = space.heaps[2 * number + (second ? 1 : 0)];
-  places_[number][id] = kNone;
-  if (!heap.remove(place & ~kSecondQueue)) return;
+void Forest::fix(Space& space, uint32_t number, bool second) {
   Contest& contest = *space.contests[number];
-  (space.retired ? contest.retired : contest.live[second ? 1 : 0]).fix(&heap);
+  (space.retired ? contest.retired : contest.live[second ? 1 : 0]).fix(&queue_of(space, number, second));
+}
+
+void Forest::leave_queue(NodeId id, uint32_t number) {
+  const Link link = links_[number][id];
+  if (link.absent()) return;
+  Space& space = space_of(id);
+  if (queue_of(space, number, link.second()).remove(id)) fix(space, number, link.second());
+}
+
+// The place of the node's candidate of a column among all.
+Order Forest::order(NodeId id, uint32_t number) {
+  Node& here = node(id);
+  const Policy& policy = shared_.policies[number % shared_.tiers];
+  const uint32_t position = columns_of(here)[number].top - 1;
+  const State state = state_at(id, number, position);
+  const GroupState& group = groups_of(here)[number / shared_.tiers];
+  const bool stranded = group.stranded || group.hole < position;
+  return order_of((stranded ? 0 : kLive) | policy.primary(state), policy.secondary(state));
 }
 
 // Enters, moves or takes out the node's candidate of a column, as things now stand.
@@ -144,29 +155,24 @@ void Forest::refresh(NodeId id, uint32_t number) {
   Node& here = node(id);
   Column& column = columns_of(here)[number];
   if (column.top == 0 || column.branches != 0 || is_pinned(column, column.top - 1)) {
-    leave_heap(id, number);
+    leave_queue(id, number);
     return;
   }
   Space& space = *spaces_[here.space];
+  const Order now = order(id, number);
   const Policy& policy = shared_.policies[number % shared_.tiers];
-  const uint32_t position = column.top - 1;
-  const State state = state_at(id, number, position);
-  const GroupState& group = groups_of(here)[number / shared_.tiers];
-  const bool stranded = group.stranded || group.hole < position;
-  const bool second = !stranded && policy.in_main(state);
-  const Entry entry{policy.secondary(state), (stranded ? 0 : kLive) | policy.primary(state), id};
-  CandidateHeap& heap = space.heaps[2 * number + (second ? 1 : 0)];
+  const bool second = policy.kind == Policy::Kind::kS3Fifo && !is_stranded(now) &&
+                      policy.in_main(state_at(id, number, column.top - 1));
+  Queue& queue = queue_of(space, number, second);
+  const Link& link = links_[number][id];
   bool changed;
-  const uint32_t place = places_[number][id];
-  if (place != kNone && ((place & kSecondQueue) != 0) == second) {
-    changed = heap.update(place & ~kSecondQueue, entry);
+  if (!link.absent() && link.second() == second) {
+    changed = queue.update(id, now);
   } else {
-    leave_heap(id, number);
-    changed = heap.push(entry);
+    leave_queue(id, number);
+    changed = queue.push(id, now);
   }
-  if (!changed) return;
-  Contest& contest = *space.contests[number];
-  (space.retired ? contest.retired : contest.live[second ? 1 : 0]).fix(&heap);
+  if (changed) fix(space, number, second);
 }
 
 // The node's subtree has come to have its first copy in a column: its ancestors are no longer last.
@@ -175,7 +181,7 @@ void Forest::populated(NodeId id, uint32_t number) {
     Column& column = columns(at)[number];
     const bool was = column.populated();
     ++column.branches;
-    leave_heap(at, number);
+    leave_queue(at, number);
     if (was) return;
   }
 }
@@ -223,7 +229,7 @@ void Forest::set_hole(NodeId id, uint32_t group, uint32_t hole) {
   state.hole = hole;
   for (uint32_t tier = 0; tier < shared_.tiers; ++tier) {
     const uint32_t number = group * shared_.tiers + tier;
-    if (columns(id)[number].top != 0 && places_[number][id] != kNone) refresh(id, number);
+    if (columns(id)[number].top != 0 && !links_[number][id].absent()) refresh(id, number);
   }
   if (led != leads && !state.stranded) spread_stranded(id, group);
 }
@@ -241,7 +247,7 @@ void Forest::spread_stranded(NodeId top, uint32_t group) {
       state.stranded = stranded;
       for (uint32_t tier = 0; tier < shared_.tiers; ++tier) {
         const uint32_t number = group * shared_.tiers + tier;
-        if (places_[number][id] != kNone) refresh(id, number);
+        if (!links_[number][id].absent()) refresh(id, number);
       }
       if (!leads_to_hole(node(id), group)) waiting.push_back(id);
     }
@@ -295,8 +301,8 @@ void Forest::place(NodeId id, uint32_t number, uint32_t start, uint32_t count, c
   if (placed == 0) return;
   count_copies(*spaces_[here.space], number, placed);
   if (!was_populated) populated(id, number);
-  if (column.top != old_top) refresh(id, number);
   advance_hole(id, number / shared_.tiers);
+  if (column.top != old_top) refresh(id, number);
 }
 
 // Takes one copy out; its position stays. Returns its slot.
@@ -384,7 +390,7 @@ void Forest::touch(Space&, const Path& path, uint64_t now) {
     for (uint32_t number = 0; number < columns_; ++number) {
       if (all[number].held == 0) continue;
       touch_column(step.node, number, step.count, now);
-      if (places_[number][step.node] != kNone && all[number].top <= step.count) refresh(step.node, number);
+      if (all[number].top <= step.count && !links_[number][step.node].absent()) refresh(step.node, number);
     }
   }
 }
