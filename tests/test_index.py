@@ -208,6 +208,12 @@ def test_match_names_the_fastest_tier(index: Index) -> None:
     assert held(index, "abx", tier=1) == [10, 11, NONE]
 
 
+def test_match_names_the_fastest_tier_whichever_came_first(index: Index) -> None:
+    put(index, "ab", 1, 2)
+    put(index, "ab", 11, 12, tier=1)
+    assert index.match(ROOT, keys("ab")).slots.tolist() == [[1, 2]]
+
+
 def test_match_may_know_more_places_than_the_prefix_it_supplies(index: Index) -> None:
     put(index, "abcd", 1, 2, NONE, 4)
     found = index.match(ROOT, keys("abcde"))

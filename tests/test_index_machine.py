@@ -10,10 +10,11 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, note, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from index_calls import WEIGHTS
@@ -39,7 +40,7 @@ STEPS = int(os.environ.get("FLEXKV_STEPS", "1000000" if SOAK else "20000"))
 SEED = int(os.environ.get("FLEXKV_SEED") or random.SystemRandom().randrange(1 << 32))
 WORLD_STEPS = (50, 200, 1000)
 HYPOTHESIS_STEPS = 50
-HYPOTHESIS_SHARE = 0.1
+HYPOTHESIS_SHARE = 0.2
 
 
 class Odd:
@@ -139,17 +140,24 @@ def machine(left: MakeIndex, right: MakeIndex, stack: list[str | Eviction], take
         def teardown(self) -> None:
             if hasattr(self, "pair") and not self.failed:
                 taken.update(self.pair.taken)
-                self.pair.drain()
+                self.told(self.pair.drain)
 
-    def add(operation: str) -> None:
-        @rule(dice=st.randoms(use_true_random=False))
-        def step(self: Machine, dice: random.Random) -> None:
+        def told(self, action: Callable[..., None], *arguments: Any) -> None:
+            """Do something; if it fails, tell the calls that led there."""
             self.failed = True
-            self.pair.step(operation, dice)
+            try:
+                action(*arguments)
+            except Exception:
+                note("\n".join(self.pair.log))
+                raise
             self.failed = False
 
+    def add(operation: str) -> None:
+        def step(self: Machine, dice: random.Random) -> None:
+            self.told(self.pair.step, operation, dice)
+
         step.__name__ = operation
-        setattr(Machine, operation, step)
+        setattr(Machine, operation, rule(dice=st.randoms(use_true_random=False))(step))
 
     for operation in WEIGHTS:
         add(operation)

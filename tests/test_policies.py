@@ -262,6 +262,17 @@ def test_s3fifo_stranded_and_retired_go_first_by_tick(make: Make) -> None:
     assert evicted(index, 2) == [2, 1]
 
 
+def test_s3fifo_a_stranded_copy_goes_first_from_main_too(make: Make) -> None:
+    index = make("s3fifo")
+    put(index, "ab", 1, 2)
+    assert evicted(index, 2) == [2, 1]
+    put(index, "ab", 3, 4)  # main
+    put(index, "z", 5)
+    index.touch(ROOT, keys("ab"))
+    index.remove(ROOT, keys("ab"), 0, 0, 0, 1)
+    assert evicted(index, 1) == [4]
+
+
 def test_s3fifo_the_ghost_is_no_larger_than_the_tier_was(make: Make) -> None:
     index = make("s3fifo")
     for slot, path in enumerate("abc"):
@@ -483,7 +494,7 @@ def test_failures_count_as_nothing_and_are_told(make: Make, reports: Reports, wr
         register_policy(policy.__name__, policy)
         told = reports()
         if order:
-            assert three(make(policy.__name__), "a" if policy is HitFails else "") == order
+            assert three(make(policy.__name__), "c" if policy is HitFails else "") == order
         else:  # orders 0 (failed), 0 and 1
             equal = [slot for _, slot in sorted([(key("a"), 1), (key("b"), 2)])]
             assert three(make(policy.__name__), "") == [*equal, 3]
