@@ -72,7 +72,7 @@ def micro(call: Callable[[], Any], repeat: int) -> Callable[[], float]:
 
 
 def staircase(index: Any, keys: np.ndarray) -> None:
-    """The state that leaf-first eviction leaves: a third of the prefix in host memory, two thirds below, all at the end."""
+    """What leaf-first eviction leaves: a third of the prefix in host memory, two thirds below, all at the end."""
     n = len(keys)
     for tier, held in enumerate((n // 3, 2 * n // 3, n)):
         index.insert(ROOT, keys[:held], tier, 0, np.arange(held))
@@ -90,12 +90,20 @@ def match_one_node(rows: Benchmark) -> None:
         repeat = max(20, 200_000 // n)
         params = {"blocks": n, "wanted_us": wanted}
         rows.compare(
-            "match, one node", params, "us", micro(lambda: index.match(ROOT, keys), repeat),  # noqa: B023
-            MEMCPY, micro(lambda: np.copyto(target, source), repeat),  # noqa: B023
+            "match, one node",
+            params,
+            "us",
+            micro(lambda: index.match(ROOT, keys), repeat),
+            MEMCPY,
+            micro(lambda: np.copyto(target, source), repeat),
         )
         rows.compare(
-            "match, one node", params, "us", micro(lambda: index.match(ROOT, keys), repeat),  # noqa: B023
-            REFERENCE, micro(lambda: reference.match(ROOT, keys), 1 + 2000 // n),  # noqa: B023
+            "match, one node",
+            params,
+            "us",
+            micro(lambda: index.match(ROOT, keys), repeat),
+            REFERENCE,
+            micro(lambda: reference.match(ROOT, keys), 1 + 2000 // n),
         )
 
 
@@ -114,8 +122,12 @@ def match_short_nodes(rows: Benchmark) -> None:
     assert index.match(ROOT, keys).blocks == n
     assert index.statistics()["nodes"] >= 2 * (n // short - 1)
     rows.compare(
-        "match, nodes of 8 blocks", {"blocks": n, "wanted_us": 20}, "us", micro(lambda: index.match(ROOT, keys), 100),
-        REFERENCE, micro(lambda: reference.match(ROOT, keys), 1),
+        "match, nodes of 8 blocks",
+        {"blocks": n, "wanted_us": 20},
+        "us",
+        micro(lambda: index.match(ROOT, keys), 100),
+        REFERENCE,
+        micro(lambda: reference.match(ROOT, keys), 1),
     )
 
 
@@ -127,9 +139,12 @@ def match_miss(rows: Benchmark) -> None:
     unknown = [random_keys(64) for _ in range(64)]
     turn = iter(range(1 << 60))
     rows.compare(
-        "match, miss at the first block", {"resident": 1_000_000, "wanted_us": 1.5}, "us",
+        "match, miss at the first block",
+        {"resident": 1_000_000, "wanted_us": 1.5},
+        "us",
         micro(lambda: index.match(ROOT, unknown[next(turn) % 64]), 5000),
-        REFERENCE + ", 20,000 resident", micro(lambda: reference.match(ROOT, unknown[next(turn) % 64]), 500),
+        REFERENCE + ", 20,000 resident",
+        micro(lambda: reference.match(ROOT, unknown[next(turn) % 64]), 500),
     )
 
 
@@ -147,9 +162,12 @@ def keys_and_match(rows: Benchmark) -> None:
             key = hashlib.sha256(data[at : at + 64] + key).digest()
 
     rows.compare(
-        "keys and match of a prompt", {"tokens": 32_768, "block_size": 16, "wanted_us": 250}, "us",
+        "keys and match of a prompt",
+        {"tokens": 32_768, "block_size": 16, "wanted_us": 250},
+        "us",
         micro(lambda: index.match(ROOT, block_keys(tokens, 16, ROOT)), 20),
-        "hashlib.sha256 once a block, keys only", micro(by_hashlib, 1),
+        "hashlib.sha256 once a block, keys only",
+        micro(by_hashlib, 1),
     )
 
 
@@ -173,9 +191,12 @@ def insert(rows: Benchmark) -> None:
     for length, wanted in ((64, 0.1), (4, 0.5)):
         blocks = 200_000
         rows.compare(
-            "insert", {"sequence": length, "blocks": blocks, "wanted_us": wanted}, "us/block",
-            lambda: insert_time(NativeIndex, blocks // length, length),  # noqa: B023
-            REFERENCE, lambda: insert_time(ReferenceIndex, 2048 // length, length),  # noqa: B023
+            "insert",
+            {"sequence": length, "blocks": blocks, "wanted_us": wanted},
+            "us/block",
+            lambda: insert_time(NativeIndex, blocks // length, length),
+            REFERENCE,
+            lambda: insert_time(ReferenceIndex, 2048 // length, length),
         )
 
 
@@ -209,10 +230,15 @@ def evict(rows: Benchmark) -> None:
 
             params = {"leaves": count, "policy": policy, "blocks": 64, "wanted_us": wanted}
             rows.compare(
-                "evict", params, "us", lambda: run(index), REFERENCE + ", at most 10,000 leaves",  # noqa: B023
-                lambda: run(reference), runs=21,  # noqa: B023
+                "evict",
+                params,
+                "us",
+                lambda: run(index),
+                REFERENCE + ", at most 10,000 leaves",
+                lambda: run(reference),
+                runs=21,
             )
-            del index, reference
+            index = reference = None
             gc.collect()
 
 
@@ -224,8 +250,12 @@ def touch(rows: Benchmark) -> None:
     staircase(index, keys)
     target, source = np.empty((2048, 32), np.uint8), keys
     rows.compare(
-        "touch", {"blocks": 2048, "resident": 1_000_000, "wanted_us": 100}, "us",
-        micro(lambda: index.touch(ROOT, keys), 200), "numpy.copyto of the keys", micro(lambda: np.copyto(target, source), 200),
+        "touch",
+        {"blocks": 2048, "resident": 1_000_000, "wanted_us": 100},
+        "us",
+        micro(lambda: index.touch(ROOT, keys), 200),
+        "numpy.copyto of the keys",
+        micro(lambda: np.copyto(target, source), 200),
     )
 
 
@@ -265,8 +295,12 @@ def rebuild(rows: Benchmark) -> None:
         return took * len(depth) / count
 
     rows.compare(
-        "bulk rebuild", {"blocks": len(depth), "wanted_s": 0.5}, "s", lambda: run(NativeIndex, len(depth)),
-        REFERENCE + ", 20,000 blocks, scaled", lambda: run(ReferenceIndex, 20_000),
+        "bulk rebuild",
+        {"blocks": len(depth), "wanted_s": 0.5},
+        "s",
+        lambda: run(NativeIndex, len(depth)),
+        REFERENCE + ", 20,000 blocks, scaled",
+        lambda: run(ReferenceIndex, 20_000),
     )
 
 
@@ -316,9 +350,12 @@ def whole_trace(rows: Benchmark) -> None:
     few = trace_keys(16)[:100]
     few_blocks = sum(map(len, few))
     rows.compare(
-        "conversation trace, simulated", {"block_size": 16, "blocks": blocks, "capacity": 1_000_000, "wanted_s": 15},
-        "s", lambda: replay(NativeIndex, requests, 1_000_000)[0],
-        REFERENCE + ", first 100 requests, scaled", lambda: replay(ReferenceIndex, few, 1_000_000)[0] * blocks / few_blocks,
+        "conversation trace, simulated",
+        {"block_size": 16, "blocks": blocks, "capacity": 1_000_000, "wanted_s": 15},
+        "s",
+        lambda: replay(NativeIndex, requests, 1_000_000)[0],
+        REFERENCE + ", first 100 requests, scaled",
+        lambda: replay(ReferenceIndex, few, 1_000_000)[0] * blocks / few_blocks,
         runs=3,
     )
 
@@ -334,7 +371,9 @@ def ten_million(rows: Benchmark) -> None:
     keys = random_keys(2048)
     staircase(index, keys)
     rows.add_row(
-        "ten million: match, one node", {"blocks": 2048}, "us",
+        "ten million: match, one node",
+        {"blocks": 2048},
+        "us",
         [micro(lambda: index.match(ROOT, keys), 100)() for _ in range(7)],
     )
     rows.add_row(

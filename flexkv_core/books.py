@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flexkv_core.config import Capacity, StackConfig, TierConfig
 from flexkv_core.errors import PolicyError, StackConfigError
 from flexkv_core.index import Index
-from flexkv_core.index.reference import ReferenceIndex
+from flexkv_core.index.native import NativeIndex
 from flexkv_core.ledger import Clock, monotonic_microseconds
 from flexkv_core.planner import Planner
 from flexkv_core.policies import Eviction
@@ -96,7 +96,7 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
 
 def make_index(policies: Sequence[Eviction]) -> Index:
     """An empty index with a column for each policy: the one place that chooses the implementation."""
-    return ReferenceIndex(len(policies), policies)
+    return NativeIndex(len(policies), policies)
 
 
 def make_planner(books: list[TierBook], clock: Clock = monotonic_microseconds) -> Planner:

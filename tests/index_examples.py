@@ -13,10 +13,11 @@ import numpy as np
 
 from flexkv_core.blocks import block_keys
 from flexkv_core.index import NO_SLOT, Evicted, GroupRule, Index
+from flexkv_core.index.native import NativeIndex
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.layout import Coverage
 
-INDEXES: list[Any] = [ReferenceIndex]
+INDEXES: list[Any] = [ReferenceIndex, NativeIndex]
 
 MakeIndex = Callable[..., Index]
 ALL, WINDOW2, STATE = Coverage(), Coverage.window(2), Coverage("state")

@@ -384,8 +384,20 @@ def test_each_call_is_one_tick_later(make_index: MakeIndex, call: str) -> None:
         index.touch(ROOT, keys("a"))  # tick 2: a stands at 5
         for _ in range(calls):
             _calls_that_count()[call](index)
+            index.end_recovery()
         put(index, "b", 2)  # 4 or 6
         assert all_evicted(index) == order, calls
+
+
+def test_the_pieces_of_a_recovery_are_of_one_tick(make_index: MakeIndex) -> None:
+    index = make_index(2, [Eviction("lru", hit_reward_seconds=3e-6), "lru"])
+    add(index)
+    put(index, "a", 1)  # tick 1
+    index.touch(ROOT, keys("a"))  # tick 2: a stands at 5
+    for _ in range(9):
+        recover(index, ("xyz", 7), tier=1)
+    put(index, "b", 2)  # 4
+    assert all_evicted(index) == [2, 1]
 
 
 def test_other_calls_and_errors_take_no_time(make_index: MakeIndex) -> None:

@@ -168,8 +168,8 @@ class Index(Protocol):
 
         A copy can go if it is not pinned and no deeper position of its subtree has a copy in the same (tier,
         group). Order among those: copies of retired namespaces, then (and among those) stranded ones, then by the
-        tier's policy; of equals the deeper one first, then by group, key and root. Eviction of one may make its parent the next
-        candidate. Positions without copies and without descendants leave the tree.
+        tier's policy; of equals the deeper one first, then by group, key and root. Eviction of one may make its
+        parent the next candidate. Positions without copies and without descendants leave the tree.
         """
 
     def recover(

@@ -19,6 +19,8 @@ Block = tuple[bytes, int]
 
 MOST_USES = (1 << 30) - 1
 """Where counts of uses and hits stop."""
+LATEST = 1 << 62
+"""Where rewards of lru stop."""
 SMALL, MAIN = 1, 2
 """S3-FIFO's queues."""
 _S3_MOST_USES = 3
@@ -38,7 +40,7 @@ class ReferencePolicy:
 
     def hit(self, state: State, now: int) -> State:
         """The state after a hit."""
-        return (max(state[0], now) + self._reward,)
+        return (min(max(state[0], now) + self._reward, LATEST),) if self._reward else (now,)
 
     def order(self, state: State) -> Order:
         """What compares with the other copies of the tier: the lowest goes first."""

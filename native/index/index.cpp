@@ -189,26 +189,25 @@ Forest::RemovedRows Index::remove_subtree(Tree found, const uint8_t* keys, uint3
   return rows;
 }
 
-void Index::pin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
-                uint32_t stop) {
-  const uint32_t number = column(found, tier, group);
+void Index::find_held(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop) {
   found.forest->walk(*found.space, keys, stop, path_);
-  if (!found.forest->holds(path_, number, start, stop)) {
-    throw ArgumentError("positions [" + std::to_string(start) + ", " + std::to_string(stop) +
-                        ") are not all held by tier " + std::to_string(tier) + ", group " + std::to_string(group));
-  }
-  found.forest->pin(path_, number, start, stop, 1);
+  if (found.forest->holds(path_, column(found, tier, group), start, stop)) return;
+  throw ArgumentError("positions [" + std::to_string(start) + ", " + std::to_string(stop) +
+                      ") are not all held by tier " + std::to_string(tier) + ", group " + std::to_string(group));
 }
 
-void Index::unpin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
-                  uint32_t stop) {
-  const uint32_t number = column(found, tier, group);
-  const uint32_t known = found.forest->walk(*found.space, keys, stop, path_);
-  if ((start < stop && known < stop) || !found.forest->pinned(path_, number, start, stop, true)) {
+void Index::pin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop) {
+  find_held(found, keys, tier, group, start, stop);
+  found.forest->pin(path_, column(found, tier, group), start, stop, 1);
+}
+
+void Index::unpin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop) {
+  find_held(found, keys, tier, group, start, stop);
+  if (!found.forest->pinned(path_, column(found, tier, group), start, stop, true)) {
     throw ArgumentError("a copy in [" + std::to_string(start) + ", " + std::to_string(stop) + ") of tier " +
                         std::to_string(tier) + " has no pin to take back");
   }
-  found.forest->pin(path_, number, start, stop, -1);
+  found.forest->pin(path_, column(found, tier, group), start, stop, -1);
 }
 
 void Index::recover(Tree found, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,

@@ -83,6 +83,7 @@ class Index {
   };
 
   uint32_t column(const Tree& tree, uint32_t tier, uint32_t group) const;
+  void find_held(Tree tree, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop);
   Ghost* ghost(uint32_t tier);
   void forget_if_over(const Tree& tree);
   Queue* choose(Contest& contest, uint32_t tier);
