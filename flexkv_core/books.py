@@ -22,6 +22,8 @@ from flexkv_core.tier_book import TierBook
 
 MIB = 1 << 20
 EXTENT_BYTES = 32 * MIB
+"""Of a large tier. A small one has extents of about a 64th of its capacity, so that several slot classes find room."""
+SMALLEST_EXTENT_BYTES = MIB // 4
 STAGING_BYTES = 256 * MIB
 """Host memory of a stack without a cpu tier: blocks pass through it on their way."""
 UNBOUNDED_BLOCKS = 1 << 26
@@ -59,19 +61,22 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     """
     tiers = list(stack.tiers)
     hosted = tiers.pop(0) if tiers and tiers[0].hosts else None
-    extent = EXTENT_BYTES
-    if simulated_slot_bytes is not None:
-        extent = SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes
+
+    def extent(capacity: int) -> int:
+        if simulated_slot_bytes is not None:
+            return SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes
+        return extent_bytes(capacity)
+
     host_bytes = STAGING_BYTES
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
-    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent), column=0)]
+    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent(host_bytes)), column=0)]
     columns = 1
     for number, tier in enumerate(tiers, start=1):
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
-            pool = SlotPool(size, extent)
+            pool = SlotPool(size, extent(size))
             books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=columns))
             columns += 1
         else:
@@ -92,6 +97,12 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
         prefault=bool(getattr(options, "prefault", True)),
         threads=getattr(options, "threads", None),
     )
+
+
+def extent_bytes(capacity: int) -> int:
+    """The unit by which a tier's capacity is divided among slot classes: a power of two."""
+    share = 1 << max(0, (capacity // 64).bit_length() - 1)
+    return min(EXTENT_BYTES, max(SMALLEST_EXTENT_BYTES, share))
 
 
 def make_index(policies: Sequence[Eviction]) -> Index:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.errors import UnknownNamespaceError
-from flexkv_core.index import NO_SLOT, GroupRule, Index, Keys, Slots
+from flexkv_core.index import NO_SLOT, Evicted, GroupRule, Index, Keys, Slots
 from flexkv_core.layout import Coverage, KVGroup
 from flexkv_core.plans import HOST, Move
 from flexkv_core.pool import SlotPool
@@ -191,30 +191,54 @@ class Ledger:
     # ---------------------------------------------------------------- slots
 
     def book(self, tier: TierBook, model: Model, group: int, count: int) -> Slots:
-        """Allocate up to `count` slots, evicting as the tier's options say; fewer when pins leave no room."""
+        """Allocate up to `count` slots, evicting as the tier's options say; fewer when pins leave no room.
+
+        A slot class takes room of another where it cannot help itself, or has turned over while the other stood still.
+        """
         pool, slot_class = tier.pool, model.classes[tier.number][group]
         assert pool is not None
         while count:
             numbers = tier.slots_to_evict(slot_class, model.groups[group].slot_bytes, count)
+            if numbers[-1] > 0 and tier.presses(slot_class):
+                runs_wanted = min(4, max(1, pool.extents(slot_class) // 8))  # each looks at every copy
+                if sum(self._take_room(tier, slot_class) for _ in range(runs_wanted)):
+                    continue
             if any(number > 0 and self._evict(tier, number, slot_class) for number in numbers) or numbers[-1] <= 0:
                 break
-            count -= (numbers[-1] + 1) // 2
+            if not self._take_room(tier, slot_class):
+                count -= (numbers[-1] + 1) // 2
         slots = pool.allocate(slot_class, count) if count else None
         return np.zeros(0, np.int64) if slots is None else slots
 
     def _evict(self, tier: TierBook, count: int, slot_class: int) -> bool:
         """Evict so many copies, or none."""
-        assert tier.pool is not None
         assert tier.column is not None
         evicted = self.index.evict(tier.column, count, slot_class)
         if evicted is None:
             return False
+        tier.turnover[slot_class] = tier.turnover.get(slot_class, 0) + count
+        self._evicted(tier, evicted)
+        return True
+
+    def _take_room(self, tier: TierBook, slot_class: int) -> bool:
+        """Empty extents of other slot classes, so that this one can have a run."""
+        assert tier.pool is not None
+        assert tier.column is not None
+        for start, stop, used in tier.pool.room_of_others(slot_class):
+            evicted = self.index.evict_range(tier.column, start, stop, used)
+            if evicted is not None:
+                tier.turnover.clear()
+                self._evicted(tier, evicted)
+                return True
+        return False
+
+    def _evicted(self, tier: TierBook, evicted: Evicted) -> None:
+        assert tier.pool is not None
         tier.pool.free(evicted.slots)
         tier.counters.evicted_blocks += len(evicted.slots)
         if self._retired and len(evicted.roots):
             changes = np.flatnonzero((evicted.roots[1:] != evicted.roots[:-1]).any(axis=1)) + 1
             self._drop_forgotten({evicted.roots[at].tobytes() for at in (0, *changes)})
-        return True
 
     def move(
         self,

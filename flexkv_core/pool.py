@@ -80,6 +80,11 @@ class SlotPool:
         """Bytes of all allocated slots, without the waste in runs."""
         return self._used_bytes
 
+    @property
+    def classes(self) -> range:
+        """Numbers of the slot classes."""
+        return range(len(self._classes))
+
     def slot_class(self, slot_bytes: int) -> int:
         """The number of the class with slots of this size, made on first use.
 
@@ -121,6 +126,39 @@ class SlotPool:
         """How many slots of the class are allocated."""
         kind = self._class(slot_class)
         return int(kind.slots.sum() - kind.free.sum())
+
+    def room_of_others(self, slot_class: int, most: int = 4) -> list[tuple[int, int, int]]:
+        """Where emptying runs of other classes would make room for a full run of this one.
+
+        Returns at most `most` ranges as (first page, page behind the last, slots in use there), those with the least in
+        use first. Each covers whole runs; none has a run of this class.
+        """
+        kind = self._class(slot_class)
+        count = self._owner.size
+        length = min(kind.run_extents, count)
+        if min(length * self._extent_pages, self._pages) < kind.pages:
+            return []
+        # by extent: where its run begins and ends, and how many slots are in use in runs that begin there
+        extents = np.arange(count)
+        begins = np.where(self._owner == _COMMON, extents, self._first)
+        ends, used = extents + 1, np.zeros(count, np.int64)
+        for number, other in enumerate(self._classes):
+            first = np.flatnonzero(other.slots)
+            reach = first + -(-other.slots[first] * other.pages // self._extent_pages)
+            mine = self._owner == number
+            spread = np.zeros(count, np.int64)
+            spread[first] = reach
+            ends = np.where(mine, spread[begins], ends)
+            used[first] += other.slots[first] - other.free[first]
+        own = np.concatenate(([0], np.cumsum(self._owner == slot_class)))
+        total = np.concatenate(([0], np.cumsum(used)))
+        start = np.arange(count - length + 1)
+        first, last = begins[start], ends[start + length - 1]
+        cost = total[last] - total[first]
+        good = np.flatnonzero((own[last] == own[first]) & (cost > 0))
+        best = good[np.argsort(cost[good], kind="stable")][:most]
+        pages = self._extent_pages
+        return [(int(first[i]) * pages, min(int(last[i]) * pages, self._pages), int(cost[i])) for i in best]
 
     def capacity(self, slot_class: int) -> int:
         """How many slots the class would have if all extents were its own."""

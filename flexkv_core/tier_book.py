@@ -42,6 +42,7 @@ class TierBook:
         evict_start_threshold: room is made when this share of the capacity would be passed.
         admission: what it takes of what it is offered; None: all.
         queued: (key, group) of blocks on their way down.
+        turnover: slot class -> copies evicted since room last went from one class to another.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
         debris_bytes: corrupt copies there, out of the record but not yet deleted.
         generation: grows when the tier's medium is lost; moves of an older one no longer count.
@@ -61,6 +62,7 @@ class TierBook:
     admission: GuardedAdmission | None = None
     counters: TierCounters = field(default_factory=TierCounters)
     queued: set[tuple[bytes, int]] = field(default_factory=set)
+    turnover: dict[int, int] = field(default_factory=dict)
     reserved_bytes: int = 0
     debris_bytes: int = 0
     generation: int = 0
@@ -99,6 +101,14 @@ class TierBook:
             return (short,)
         share = min(_ceil(self.evict_ratio * self.pool.capacity(slot_class)), self.pool.allocated(slot_class))
         return tuple(dict.fromkeys((max(share, over), over, short)))
+
+    def presses(self, slot_class: int) -> bool:
+        """Whether a slot class should get room of another: all its copies have been replaced since it last did, while
+        another class has kept most of its own."""
+        if self.pool is None or self.turnover.get(slot_class, 0) < self.pool.allocated(slot_class):
+            return False
+        others = {number: self.pool.allocated(number) for number in self.pool.classes if number != slot_class}
+        return any(held and 2 * self.turnover.get(number, 0) < held for number, held in others.items())
 
     def bytes_to_free(self, planned: int) -> int:
         """The room to make in an exclusive key-addressed tier before `planned` bytes are written.

@@ -249,10 +249,19 @@ class PyIndex {
     EvictedRows rows;
     bool done = false;
     translate([&] { done = index_.evict(uint32_t(tier), uint64_t(count), unsigned_of(slot_class), rows); });
-    if (!done) return nb::none();
-    return named(evicted_, nb::make_tuple(numpy_.copy(rows.roots, numpy_.uint8, kKeyBytes),
-                                          numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
-                                          numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
+    return done ? gone(rows) : nb::none();
+  }
+
+  nb::object evict_range(int64_t tier, int64_t start, int64_t stop, int64_t count) {
+    Guard guard(*this);
+    EvictedRows rows;
+    bool done = false;
+    translate([&] {
+      index_.check_tier(unsigned_of(tier));
+      done = count >= 0 && index_.evict_range(uint32_t(tier), uint64_t(std::max<int64_t>(start, 0)),
+                                              uint64_t(std::max<int64_t>(stop, 0)), uint64_t(count), rows);
+    });
+    return done ? gone(rows) : nb::none();
   }
 
   nb::object recover(nb::handle root, int64_t tier, int64_t group, nb::object keys, nb::object parents,
@@ -460,6 +469,12 @@ class PyIndex {
     });
   }
 
+  nb::object gone(const EvictedRows& rows) const {
+    return named(evicted_, nb::make_tuple(numpy_.copy(rows.roots, numpy_.uint8, kKeyBytes),
+                                          numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
+                                          numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
+  }
+
   // An instance of a named tuple, without its Python constructor.
   static nb::object named(nb::handle type, nb::object values) {
     nb::object arguments = nb::make_tuple(values);
@@ -511,6 +526,7 @@ void bind_index(nb::module_& m) {
       .def("unpin", &PyIndex::unpin, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"),
            nb::arg("start"), nb::arg("stop"))
       .def("evict", &PyIndex::evict, nb::arg("tier"), nb::arg("count"), nb::arg("slot_class") = 0)
+      .def("evict_range", &PyIndex::evict_range, nb::arg("tier"), nb::arg("start"), nb::arg("stop"), nb::arg("count"))
       .def("recover", &PyIndex::recover, nb::arg("root"), nb::arg("tier"), nb::arg("group"), nb::arg("keys"),
            nb::arg("parents"), nb::arg("depths"), nb::arg("slots"))
       .def("end_recovery", &PyIndex::end_recovery)

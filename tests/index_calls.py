@@ -13,7 +13,7 @@ from flexkv_core.blocks import block_keys
 from flexkv_core.index import MAX_SLOT, NO_SLOT, GroupRule, Index
 
 Path = tuple[int, ...]
-UNORDERED = ("copies", "remove_subtree")
+UNORDERED = ("copies", "evict_range", "remove_subtree")
 WEIGHTS = {
     "insert": 16,
     "insert_with_gaps": 8,
@@ -113,7 +113,7 @@ def outcome(side: Index, method: str, arguments: tuple[Any, ...]) -> Any:
 def normal(method: str, answer: Any) -> list[Any]:
     """The answer as a list of arrays and plain values; of unordered ones the rows are sorted by slot."""
     parts = list(answer) if isinstance(answer, tuple) else [answer]
-    if method in UNORDERED:
+    if method in UNORDERED and answer is not None:
         order = np.argsort(answer.slots, kind="stable")
         parts = [part[order] for part in parts]
     return parts

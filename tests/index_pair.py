@@ -341,6 +341,18 @@ class Pair:
         self.taken["evicted of a retired one"] += any(root.tobytes() in retired for root in gone.roots)
         self._went(tier, gone.slots)
 
+    def evict_range(self, dice: Random) -> None:
+        """Slots that lie together, as an extent's do; the count is right, mostly."""
+        tier = dice.randrange(self.tiers)
+        held = sorted(self.held[tier])
+        first = dice.choice(held) if held else 0
+        stop = first + dice.choice((1, 5, 40))
+        within = sum(first <= slot < stop for slot in held)
+        gone = self.good("evict_range", tier, first, stop, within + (dice.random() < 0.1))
+        if gone is not None:
+            assert sorted(gone.slots.tolist()) == [slot for slot in held if first <= slot < stop]
+            self._went(tier, gone.slots)
+
     def drop_tier(self, dice: Random) -> None:
         self._drop(dice.randrange(self.tiers))
 

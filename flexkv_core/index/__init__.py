@@ -172,6 +172,13 @@ class Index(Protocol):
         parent the next candidate. Positions without copies and without descendants leave the tree.
         """
 
+    def evict_range(self, tier: int, start: int, stop: int, count: int) -> Evicted | None:
+        """Evict every copy of a tier whose slot is in [start, stop), wherever in its tree it lies, so that the room
+        becomes one piece. All or nothing: None, and nothing changed, if one of them is pinned, or if there are not
+        exactly `count` (the others are being written). In no particular order. Leaves holes where deeper copies stay.
+        Looks at every copy of the tier: for the rare moment in which one slot class gives room to another.
+        """
+
     def recover(
         self,
         root: bytes,

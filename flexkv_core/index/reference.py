@@ -374,12 +374,25 @@ class ReferenceIndex:
         for node, _, _ in gone:
             node.tree.prune(node)
             self._forget_if_empty(node.tree)
-        return Evicted(
-            _keys(node.tree.root for node, _, _ in gone),
-            _keys(node.key for node, _, _ in gone),
-            np.array([group for _, (_, group), _ in gone], np.uint8),
-            np.array([copy.slot for _, _, copy in gone], np.int64),
-        )
+        return _evicted(gone)
+
+    @_public
+    def evict_range(self, tier: int, start: int, stop: int, count: int) -> Evicted | None:
+        check.check_tier(self._tiers, tier)
+        nodes = [node for tree in self._trees.values() for node in tree.nodes()]
+        chosen = [
+            (node, column)
+            for node in nodes
+            for column, copy in node.copies.items()
+            if column[0] == tier and start <= copy.slot < stop
+        ]
+        if len(chosen) != count or any(node.copies[column].pins for node, column in chosen):
+            return None
+        gone = [(node, column, self._detach(node, column)) for node, column in chosen]
+        for node, _, _ in gone:
+            node.tree.prune(node)
+            self._forget_if_empty(node.tree)
+        return _evicted(gone)
 
     def _evictable(self, tier: int, slot_class: int) -> int:
         """How many copies of a slot class can go: those that are neither pinned nor above a pinned one."""
@@ -486,6 +499,15 @@ class ReferenceIndex:
 def _refuse_retired(tree: Tree) -> None:
     if tree.retired:
         raise UnknownNamespaceError(f"namespace {tree.root.hex()[:16]}... was reset: nothing can be added to it")
+
+
+def _evicted(gone: Sequence[tuple[Node, Column, Copy]]) -> Evicted:
+    return Evicted(
+        _keys(node.tree.root for node, _, _ in gone),
+        _keys(node.key for node, _, _ in gone),
+        np.array([group for _, (_, group), _ in gone], np.uint8),
+        np.array([copy.slot for _, _, copy in gone], np.int64),
+    )
 
 
 def _block(node: Node, column: Column) -> Block:

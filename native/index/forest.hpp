@@ -142,6 +142,12 @@ class Forest {
   };
   bool remove_subtree(Space& space, const uint8_t* keys, uint32_t count, RemovedRows& rows);
   void drop_tier(uint32_t tier);
+  struct Held {
+    NodeId node;
+    uint32_t column;
+    uint32_t position;
+  };
+  bool find_range(uint32_t tier, uint64_t start, uint64_t stop, std::vector<Held>& found);  // false: one is pinned
   void recover(Space& space, uint32_t column, uint32_t count, const uint8_t* keys, const uint8_t* parents,
                const int64_t* depths, const int64_t* slots, uint8_t* taken, uint64_t now, Ghost* ghost);
   void end_recovery();

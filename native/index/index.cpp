@@ -262,7 +262,7 @@ bool Index::second_chance(Queue& queue, NodeId node, Contest& contest) {
   if (main ? uses == 0 : uses <= 1) return false;
   const State made{++tick_, main ? (old.aux - 1) : Policy::kMain};
   if (!main) --contest.small;
-  steps_.push_back({&forest, node, queue.column, position, kEmpty, old, false});
+  steps_.push_back({&forest, node, queue.column, position, kEmpty, old, false, 0});
   forest.set_state(node, queue.column, position, position + 1, made);
   forest.refresh(node, queue.column);
   return true;
@@ -306,7 +306,7 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
     const uint32_t position = forest.candidate_position(node, number);
     const State state = forest.state_at(node, number, position);
     const uint64_t slot = forest.detach(node, number, position);
-    steps_.push_back({&forest, node, number, position, slot, state, judged && (state.aux & Policy::kMain) == 0});
+    steps_.push_back({&forest, node, number, position, slot, state, judged && (state.aux & Policy::kMain) == 0, 0});
     ++gone;
   }
   if (gone < count) {
@@ -314,22 +314,50 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
     tick_ = tick;
     return false;
   }
+  finish(count, rows);
+  if (ghosts_[tier]) {
+    for (const Step& step : steps_) {
+      if (step.ghost) ghosts_[tier]->add(key_word(&rows.keys[step.row * kKeyBytes]), step.column / shared_.tiers);
+    }
+    ghosts_[tier]->shrink(copies);
+  }
+  return true;
+}
+
+bool Index::evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, EvictedRows& rows) {
+  check_tier(tier);
+  steps_.clear();
+  std::vector<std::pair<Forest*, Forest::Held>> found;
+  for (auto& [groups, forest] : forests_) {
+    std::vector<Forest::Held> held;
+    if (!forest->find_range(tier, start, stop, held)) return false;
+    for (const Forest::Held& each : held) found.emplace_back(forest.get(), each);
+  }
+  if (found.size() != count) return false;
+  for (const auto& [forest, each] : found) {
+    const uint64_t slot = forest->detach(each.node, each.column, each.position);
+    steps_.push_back({forest, each.node, each.column, each.position, slot, State{}, false, 0});
+  }
+  finish(count, rows);
+  return true;
+}
+
+// Says what has gone, and takes positions and namespaces that nothing holds any more away.
+void Index::finish(uint64_t count, EvictedRows& rows) {
   rows.roots.resize(count * kKeyBytes);
   rows.keys.resize(count * kKeyBytes);
   rows.groups.resize(count);
   rows.slots.resize(count);
   size_t row = 0;
-  for (const Step& step : steps_) {
+  for (Step& step : steps_) {
     if (step.slot == kEmpty) continue;
     const uint8_t* name = step.forest->key(step.node, step.position);
     std::memcpy(&rows.roots[row * kKeyBytes], step.forest->space_of(step.node).root, kKeyBytes);
     std::memcpy(&rows.keys[row * kKeyBytes], name, kKeyBytes);
     rows.groups[row] = uint8_t(step.column / shared_.tiers);
     rows.slots[row] = int64_t(step.slot);
-    if (step.ghost) ghosts_[tier]->add(key_word(name), step.column / shared_.tiers);
-    ++row;
+    step.row = row++;
   }
-  if (ghosts_[tier]) ghosts_[tier]->shrink(copies);
   std::vector<Root> over;
   for (auto& [groups, forest] : forests_) {
     for (const Step& step : steps_) {
@@ -346,7 +374,6 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
   for (const Root& root : over) {
     if (has_namespace(root)) forget_if_over(tree(root));
   }
-  return true;
 }
 
 }  // namespace flexkv::index

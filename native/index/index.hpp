@@ -63,6 +63,7 @@ class Index {
   void unpin(Tree tree, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
              uint32_t stop);
   bool evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRows& rows);
+  bool evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, EvictedRows& rows);
   void recover(Tree tree, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,
                const uint8_t* parents, const int64_t* depths, const int64_t* slots, uint8_t* taken);
   void end_recovery();
@@ -80,6 +81,7 @@ class Index {
     uint64_t slot;  // kEmpty: only the state was changed
     State state;    // before
     bool ghost;     // the ghost learns it
+    size_t row;     // of what is returned
   };
 
   uint32_t column(const Tree& tree, uint32_t tier, uint32_t group) const;
@@ -89,6 +91,7 @@ class Index {
   Queue* choose(Contest& contest, uint32_t tier);
   bool second_chance(Queue& queue, NodeId node, Contest& contest);
   void undo();
+  void finish(uint64_t count, EvictedRows& rows);
 
   Shared shared_;
   uint64_t tick_ = 0;

@@ -142,6 +142,28 @@ void Forest::fill_residency(const Path& path, uint32_t number, uint32_t count, i
   }
 }
 
+bool Forest::find_range(uint32_t tier, uint64_t start, uint64_t stop, std::vector<Held>& found) {
+  bool free = true;
+  for (const auto& space : spaces_) {
+    if (!space) continue;
+    for (NodeId top : {space->top, space->orphans}) {
+      each_below(top, [&](NodeId id) {
+        const Node& here = node(id);
+        for (uint32_t number = tier; number < columns_; number += shared_.tiers) {
+          const Column& column = columns(id)[number];
+          for (uint32_t at = 0; at < column.top; ++at) {
+            const uint64_t slot = slot_in(here, at, number);
+            if (slot < start || slot >= stop || slot == kEmpty) continue;
+            found.push_back({id, number, at});
+            free = free && !is_pinned(column, at);
+          }
+        }
+      });
+    }
+  }
+  return free;
+}
+
 void Forest::copies(Space& space, uint32_t number, CopyRows& rows) {
   for (NodeId top : {space.top, space.orphans}) {
     each_below(top, [&](NodeId id) {
