@@ -26,6 +26,9 @@ def seal_blocks(
     payload_bytes: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint8],
     groups: npt.NDArray[np.uint8],
+    root: bytes,
+    parents: npt.NDArray[np.uint8],
+    depths: npt.NDArray[np.int64],
     threads: int,
 ) -> None: ...
 def verify_blocks(
@@ -37,6 +40,12 @@ def verify_blocks(
     faults: npt.NDArray[np.uint8],
     threads: int,
 ) -> None: ...
+def find_seals(
+    buffer: npt.NDArray[np.uint8],
+    names: npt.NDArray[np.uint8],
+    numbers: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.uint8],
+) -> int: ...
 def checksum_kernel() -> str: ...
 
 # copy.cpp

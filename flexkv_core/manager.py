@@ -379,6 +379,9 @@ class KVCacheManager:
             plan.payload_bytes,
             plan.keys[plan.positions],
             plan.groups,
+            root=plan.root,
+            parents=plan.parents,
+            depths=plan.positions,
             threads=self._seal_threads,
         )
 

@@ -142,3 +142,10 @@ class StorePlan:
     kept: npt.NDArray[np.bool_]
     refused: int
     epoch: int
+
+    @property
+    def parents(self) -> Keys:
+        """(m, 32) uint8: the keys before the stored blocks; the root before a first one."""
+        above = self.keys[np.maximum(self.positions - 1, 0)]
+        above[self.positions == 0] = np.frombuffer(self.root, np.uint8)
+        return above

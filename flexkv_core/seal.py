@@ -12,19 +12,23 @@ A block in a slot, all numbers little endian::
         8   4   version             1
         12  4   group               KV group number
         16  32  key                 block key
-        48  8   length              payload_bytes
-        56  8   xxh3-64 (seed 0) of the payload
-        64  8   xxh3-64 (seed 0) of bytes 0 to 63 of this page
-        72      zeros
+        48  32  parent              key of the block before it; the root for a first block
+        80  32  root                the namespace
+        112 8   depth               position in the prefix, 0 for a first block
+        120 8   length              payload_bytes
+        128 8   xxh3-64 (seed 0) of the payload
+        136 8   xxh3-64 (seed 0) of bytes 0 to 135 of this page
+        144     zeros
 
 The checksums cover the payload and the header. The padding and the zeros after the header are of no use to
-anybody and are not covered: damage there does not make a block bad.
+anybody and are not covered: damage there does not make a block bad. A block's identity is key, group and length; parent,
+root and depth say where it belongs, so that a tier which has lost its index can be taken up again.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +65,9 @@ def seal_blocks(
     keys: npt.NDArray[np.uint8],
     groups: npt.NDArray[np.uint8],
     *,
+    root: bytes = bytes(32),
+    parents: npt.NDArray[np.uint8] | None = None,
+    depths: npt.NDArray[np.int64] | None = None,
     threads: int = 1,
 ) -> None:
     """Write padding and seal behind each payload. Releases the GIL.
@@ -71,6 +78,8 @@ def seal_blocks(
         payload_bytes: (n,) int64, or one number for all, bytes; positive.
         keys: (n, 32) uint8, block keys.
         groups: (n,) uint8, KV group numbers.
+        root: 32 bytes, the namespace of all of them.
+        parents, depths: (n, 32) uint8 and (n,) int64, the keys before them and their positions; zeros by default.
         threads: that share the work by bytes.
 
     Raises:
@@ -82,7 +91,53 @@ def seal_blocks(
     if not array.flags.writeable:
         raise LayoutError("host: is read-only, sealing writes to it")
     check_disjoint(offsets, _slot_bytes(lengths))
-    _native.seal_blocks(array, offsets, lengths, keys, groups, threads)
+    above = np.zeros((len(offsets), 32), np.uint8) if parents is None else np.ascontiguousarray(parents)
+    places = np.zeros(len(offsets), np.int64) if depths is None else int64_vector("depths", depths)
+    if above.dtype != np.uint8 or above.shape != keys.shape or len(places) != len(offsets) or len(root) != 32:
+        raise LayoutError(
+            f"parents {above.dtype} {above.shape}, {len(places)} depths, a root of {len(root)} bytes for "
+            f"{len(offsets)} blocks: pass uint8 (n, 32), n depths, 32 bytes"
+        )
+    _native.seal_blocks(array, offsets, lengths, keys, groups, root, above, places, threads)
+
+
+class Seals(NamedTuple):
+    """Seals that were found in a buffer; arrays of length n, in order of place.
+
+    Attributes:
+        pages: (n,) int64: bytes from the buffer's start to the seal page; the block ends right before it.
+        roots, keys, parents: (n, 32) uint8.
+        depths, lengths: (n,) int64; lengths are payload bytes.
+        groups: (n,) uint8.
+    """
+
+    pages: npt.NDArray[np.int64]
+    roots: npt.NDArray[np.uint8]
+    keys: npt.NDArray[np.uint8]
+    parents: npt.NDArray[np.uint8]
+    depths: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.uint8]
+
+
+def find_seals(buffer: Any) -> Seals:
+    """Find the pages of a buffer that are undamaged seals: what a slot-addressed backend recovers from.
+
+    Looks at every page of 4096 bytes from the buffer's start on; payloads are not checked (the core does so before
+    a block is used). Releases the GIL. Raises LayoutError for what is not one contiguous run of bytes.
+    """
+    array = host_bytes(buffer)
+    most = 1024
+    while True:
+        names, numbers = np.empty((most, 96), np.uint8), np.empty((most, 3), np.int64)
+        groups = np.empty(most, np.uint8)
+        found = _native.find_seals(array, names, numbers, groups)
+        if found <= most:
+            break
+        most = found
+    roots, keys, parents = (np.ascontiguousarray(names[:found, at : at + 32]) for at in (0, 32, 64))
+    pages, depths, lengths = (np.ascontiguousarray(numbers[:found, column]) for column in range(3))
+    return Seals(pages, roots, keys, parents, depths, lengths, groups[:found].copy())
 
 
 def verify_blocks(

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from flexkv_core import backend, layout
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import PAGE, SEAL_BYTES, KVGroup
-from flexkv_core.seal import MAGIC, VERSION, SealFault, seal_blocks, verify_blocks
+from flexkv_core.seal import MAGIC, VERSION, SealFault, find_seals, seal_blocks, verify_blocks
 
-HEADER_BYTES = 72
+HEADER_BYTES = 144
+ROOT = bytes(range(100, 132))
 GROUP = 3
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,9 +39,9 @@ def make(payloads: list[int], seed: int = 0) -> tuple[Bytes, npt.NDArray[np.int6
     return host, np.array(offsets, np.int64), keys, np.full(len(payloads), GROUP, np.uint8)
 
 
-def reference(payload: bytes, key: bytes, group: int) -> bytes:
+def reference(payload: bytes, key: bytes, parent: bytes, depth: int, group: int) -> bytes:
     """The block as the format says, built without the code under test."""
-    fields = struct.pack("<8sII32sQ", MAGIC, VERSION, group, key, len(payload))
+    fields = struct.pack("<8sII32s32s32sQQ", MAGIC, VERSION, group, key, parent, ROOT, depth, len(payload))
     fields += struct.pack("<Q", xxhash.xxh3_64_intdigest(payload))
     fields += struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
     return payload + bytes(-len(payload) % PAGE) + fields.ljust(SEAL_BYTES, b"\0")
@@ -59,16 +60,34 @@ def test_page_is_the_contract_s() -> None:
 def test_bytes_are_the_format_and_nothing_else_is_written(payloads: list[int], seed: int, threads: int) -> None:
     host, offsets, keys, groups = make(payloads, seed)
     expected = host.copy()
-    for offset, payload, key in zip(offsets, payloads, keys, strict=True):
-        block = reference(host[offset : offset + payload].tobytes(), key.tobytes(), GROUP)
+    parents, depths = keys[::-1].copy(), np.arange(len(payloads), dtype=np.int64) + (1 << 33)
+    for offset, payload, key, parent, depth in zip(offsets, payloads, keys, parents, depths, strict=True):
+        block = reference(host[offset : offset + payload].tobytes(), key.tobytes(), parent.tobytes(), int(depth), GROUP)
         expected[offset : offset + len(block)] = np.frombuffer(block, np.uint8)
     lengths = np.array(payloads, np.int64)
-    seal_blocks(host, offsets, lengths, keys, groups, threads=threads)
+    seal_blocks(host, offsets, lengths, keys, groups, root=ROOT, parents=parents, depths=depths, threads=threads)
     np.testing.assert_array_equal(host, expected)
     faults = verify_blocks(host, offsets, lengths, keys, groups, threads=threads)
     assert faults.dtype == np.uint8
     assert not faults.any()
     np.testing.assert_array_equal(host, expected)
+    found = find_seals(host)
+    assert found.pages.tolist() == [o + slot_bytes(p) - SEAL_BYTES for o, p in zip(offsets, payloads, strict=True)]
+    assert {root.tobytes() for root in found.roots} == {ROOT}
+    for got, put in ((found.keys, keys), (found.parents, parents), (found.depths, depths), (found.lengths, lengths)):
+        np.testing.assert_array_equal(got, put)
+    np.testing.assert_array_equal(found.groups, groups)
+
+
+def test_seals_that_are_damaged_are_not_found_and_many_are() -> None:
+    host, offsets, keys, groups = make([100] * 3000)
+    seal_blocks(host, offsets, 100, keys, groups)
+    host[offsets[7] + PAGE + 50] ^= 1
+    found = find_seals(host)
+    assert len(found.pages) == 2999
+    np.testing.assert_array_equal(found.keys, np.delete(keys, 7, axis=0))
+    assert len(find_seals(np.zeros(0, np.uint8)).pages) == 0
+    assert len(find_seals(host[:PAGE]).pages) == 0
 
 
 @settings(max_examples=300, deadline=None)
@@ -160,6 +179,9 @@ def test_verify_reads_read_only_buffers_and_an_empty_batch_is_nothing() -> None:
         ({"keys": np.zeros((2, 31), np.uint8)}, r"keys: shape \(2, 31\)"),
         ({"keys": np.zeros((2, 32), np.int8)}, "keys: dtype int8"),
         ({"groups": np.zeros(3, np.uint8)}, r"groups: shape \(3,\)"),
+        ({"root": bytes(31)}, "a root of 31 bytes"),
+        ({"parents": np.zeros((1, 32), np.uint8)}, r"parents uint8 \(1, 32\)"),
+        ({"depths": np.zeros(3, np.int64)}, "3 depths"),
         ({"threads": 0}, "threads 0"),
         ({"host": 17}, "host int"),
         ({"host": np.zeros((8 * PAGE, 2), np.uint8)[:, 0]}, "host ndarray: must be a contiguous"),

@@ -122,9 +122,9 @@ def test_whatever_models_do_the_accounts_agree(steps: list[tuple[str, int, int]]
 
 
 def test_ranges_of_other_classes_cover_whole_runs() -> None:
-    pool = SlotPool(4 * MIB, MIB // 4)
+    pool = SlotPool(16 * MIB, MIB // 4)
     small, large = pool.slot_class(64 * 1024), pool.slot_class(MIB + PAGE)
-    taken = pool.allocate(small, 64)
+    taken = pool.allocate(small, 256)
     assert taken is not None
     assert pool.available(large) == 0
     pool.free(taken[::2])
