@@ -48,6 +48,7 @@ import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from flexkv_core.locks import DirectoryLock
+from flexkv_core.seal import Seals, find_seals
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -60,10 +61,12 @@ __all__ = [
     "DirectoryLock",
     "Listing",
     "OpenContext",
+    "Seals",
     "Status",
     "SupportsDelete",
     "SupportsList",
     "SupportsProbe",
+    "find_seals",
     "hookimpl",
     "listing",
 ]

@@ -5,6 +5,7 @@ Handles are made and settled by the manager's owner thread and may be waited on 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,19 +33,24 @@ class Fetch:
 
     Attributes:
         ready: leading blocks verified and pinned; grows until `done`.
-        done: nothing more will come (complete, failed in part, or past the deadline).
+        done: nothing more will come (complete, failed in part, past the deadline, cancelled).
         sources: after `done`, tier name -> leading blocks that came from it.
+        released: its pins are gone, or go when its last load ends; `why` says what took them: "released",
+            "cancelled", "expired" (kept beyond the time limit) or "reset" (of its namespace); "" before.
     """
 
-    __slots__ = ("_event", "_release", "done", "loads", "plan", "ready", "released", "sources")
+    __slots__ = ("_event", "_release", "done", "keep", "loads", "plan", "ready", "released", "sources", "timers", "why")
 
-    def __init__(self, release: Callable[[Fetch], None]) -> None:
+    def __init__(self, release: Callable[[Fetch], None], *, keep: bool = True) -> None:
         self.ready = 0
         self.done = False
         self.sources: dict[str, int] = {}
         self.plan: FetchPlan | None = None
         self.loads = 0
         self.released = False
+        self.why = ""
+        self.keep = keep  # False: nobody waits for it, so it is released when it is done
+        self.timers: list[asyncio.TimerHandle] = []
         self._release = release
         self._event = threading.Event()
 
@@ -66,24 +72,30 @@ class Transfer:
     """A load or a store under way.
 
     Attributes:
-        done: it has ended.
+        done: it has ended: nothing of it will touch device or host memory any more.
         blocks: after `done`, device blocks copied (a store that found all blocks held copies none).
-        error: why it failed, or None.
+        error: why it failed ("cancelled", say), or None.
+        cancelled: `KVCacheManager.cancel` was called for it before it ended.
     """
 
-    __slots__ = ("_event", "blocks", "done", "error")
+    __slots__ = ("_event", "_settling", "blocks", "cancelled", "done", "error")
 
     def __init__(self) -> None:
         self.done = False
         self.blocks = 0
         self.error: str | None = None
+        self.cancelled = False
         self._event = threading.Event()
+        self._settling = threading.Lock()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until `done`; returns it."""
         return self._event.wait(timeout_s)
 
     def settle(self, blocks: int, error: str | None = None) -> None:
-        """Mark done: once, by the owner thread or the thread that copied."""
-        self.blocks, self.error, self.done = blocks, error, True
+        """Mark done, by the owner thread or the thread that copied; the first call counts."""
+        with self._settling:
+            if self.done:
+                return
+            self.blocks, self.error, self.done = blocks, error, True
         self._event.set()

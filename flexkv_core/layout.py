@@ -54,15 +54,41 @@ class KVGroup:
         coverage: the group's rule.
         layout: names the order of bytes within a block; part of the namespace, so caches of different
             order never share. Free text, such as "layers,kv,tokens,heads,dim".
+        shard_bytes: what each rank owns of a block, in the order of the ranks, which is that of the payload's
+            bytes; empty: equal shares. They sum to `block_bytes`.
+        replicated: every rank has the same whole block (MLA): the first one writes it, all load it.
     """
 
     block_bytes: int
     coverage: Coverage = field(default_factory=Coverage)
     layout: str = "opaque"
+    shard_bytes: tuple[int, ...] = ()
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         if self.block_bytes <= 0:
             raise LayoutError(f"block_bytes {self.block_bytes}: must be a positive number of bytes")
+        if self.shard_bytes and self.replicated:
+            raise LayoutError("replicated blocks have no shards: leave shard_bytes out")
+        if self.shard_bytes and (min(self.shard_bytes) < 0 or sum(self.shard_bytes) != self.block_bytes):
+            raise LayoutError(f"shard_bytes {self.shard_bytes}: must sum to block_bytes {self.block_bytes}")
+
+    def shards(self, ranks: int) -> list[tuple[int, int]]:
+        """For each of `ranks` ranks the part of a block's payload that it owns: (first byte, bytes); no bytes for a
+        rank that has no layer of this group.
+
+        Raises LayoutError if the block cannot be divided so.
+        """
+        if self.replicated:
+            return [(0, self.block_bytes)] * ranks
+        sizes = self.shard_bytes or (self.block_bytes // ranks,) * ranks
+        if len(sizes) != ranks or sum(sizes) != self.block_bytes:
+            raise LayoutError(
+                f"block_bytes {self.block_bytes} with shard_bytes {self.shard_bytes} cannot be divided among {ranks} "
+                "ranks: give shard_bytes for each, or a multiple of the ranks"
+            )
+        starts = [sum(sizes[:rank]) for rank in range(ranks)]
+        return list(zip(starts, sizes, strict=True))
 
     @property
     def slot_bytes(self) -> int:

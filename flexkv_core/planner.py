@@ -18,6 +18,7 @@ from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
 from flexkv_core.layout import KVGroup
 from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, monotonic_microseconds
+from flexkv_core.pins import PinBudget, pin_costs
 from flexkv_core.plans import HOST, Deletion, FetchPlan, Move, Outcome, StorePlan
 from flexkv_core.tier_book import TierBook
 from flexkv_core.write_through import WriteThrough
@@ -30,18 +31,28 @@ class Planner:
         tiers: books of the stack's tiers; `tiers[0]` is the host tier.
         index: with a column for each slot-addressed tier.
         clock: microseconds, for policies that count in seconds.
+        pin_budget_bytes: what all fetches together may keep pinned in host memory; None: no bound.
 
     Attributes:
         down: what sinks to the lower tiers.
         refused_blocks: of stores, for want of room.
+        truncated_fetches: prefixes that were cut to the budget of pins.
     """
 
-    def __init__(self, tiers: Sequence[TierBook], index: Index, clock: Clock = monotonic_microseconds) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[TierBook],
+        index: Index,
+        clock: Clock = monotonic_microseconds,
+        pin_budget_bytes: int | None = None,
+    ) -> None:
         self._ledger = Ledger(tiers, index, clock)
+        self._pins = PinBudget(pin_budget_bytes)
         self.index = index
         self.tiers = self._ledger.tiers
         self.down = WriteThrough(self._ledger)
         self.refused_blocks = 0
+        self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()
         self._incoming: set[tuple[bytes, int]] = set()  # (key, group) on its way from a lower tier to host memory
 
@@ -58,6 +69,11 @@ class Planner:
     def groups(self, root: bytes) -> tuple[KVGroup, ...]:
         """The KV groups of a registered namespace."""
         return self._ledger.model(root).groups
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What fetches keep pinned in host memory, seals included; a block that several have pinned counts once."""
+        return self._pins.used
 
     @property
     def namespaces(self) -> int:
@@ -86,19 +102,23 @@ class Planner:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
         sources, slots = self._ledger.locate(model, root, keys)
-        blocks = covered_prefix(sources != NOWHERE, model.coverages)
+        held = covered_prefix(sources != NOWHERE, model.coverages)
+        blocks = self._within_budget(model, sources[:, :held], slots[:, :held])
+        self.truncated_fetches += blocks < held
         keys, sources, slots = keys[:blocks], sources[:, :blocks].copy(), slots[:, :blocks]
         want = needed(model.coverages, blocks)
         plan = FetchPlan(
             root,
             keys,
             model.coverages,
+            tuple(group.slot_bytes for group in model.groups),
             blocks,
             want,
             np.zeros_like(want),
             np.zeros_like(want),
             np.full(want.shape, NO_SLOT, np.int64),
             sources,
+            truncated=blocks < held,
         )
         self._ledger.touch(model, root, keys)
         for group in range(len(model.groups)):
@@ -108,6 +128,19 @@ class Planner:
             self._plan_reads(plan, model, group, slots[group])
         self._fetches.add(plan)
         return plan
+
+    def _within_budget(self, model: Model, sources: npt.NDArray[np.int16], slots: Positions) -> int:
+        """How many blocks of a held prefix can be pinned within the budget; (groups, n) arrays of what is where."""
+        blocks = int(sources.shape[1])
+        if self._pins.budget is None or not blocks:
+            return blocks
+        sizes = np.array([group.slot_bytes for group in model.groups], np.int64)
+        new = sizes[:, None] * ~((sources == HOST) & self._pins.counted(slots))
+        cost = pin_costs(new, model.coverages)
+        while blocks and cost[blocks] > self._pins.left:
+            blocks = min(blocks - 1, int(np.flatnonzero(cost[:blocks] <= self._pins.left)[-1]))
+            blocks = covered_prefix(np.not_equal(sources[:, :blocks], NOWHERE), model.coverages)
+        return blocks
 
     def _plan_reads(self, plan: FetchPlan, model: Model, group: int, slots: Positions) -> None:
         """Plan the reads of one group; `slots`: where the lower tiers have the blocks. Some may be on their way."""
@@ -127,6 +160,30 @@ class Planner:
                 at = own[chosen]
                 plan.reads.append(ledger.move(model, plan.root, keys, tier, at, group, host_slots[chosen], slots[at]))
                 ledger.hold(tier, plan.root, keys, group, at)
+
+    def unwanted(self, move: Move) -> npt.NDArray[np.bool_]:
+        """Which blocks of a read that has not been started no fetch waits for: (len(move),) bool."""
+        wanted = np.zeros(len(move), np.bool_)
+        for fetch in self._fetches:
+            if fetch.root == move.root:
+                wanted |= self._awaits(fetch, move)
+        return ~wanted
+
+    @staticmethod
+    def _awaits(fetch: FetchPlan, move: Move) -> npt.NDArray[np.bool_]:
+        """Which blocks of a move of the fetch's namespace it waits for: (len(move),) bool."""
+        within = move.positions < fetch.blocks
+        at, groups = move.positions[within], move.groups[within]
+        found = np.zeros(len(move), np.bool_)
+        found[within] = fetch.awaited[groups, at] & (fetch.keys[at] == move.keys[at]).all(axis=1)
+        return found
+
+    def drop_read(self, move: Move) -> None:
+        """Give up a read that was not started and that nobody waits for."""
+        for key, group in zip(move.block_keys, move.groups, strict=True):
+            self._incoming.discard((key.tobytes(), int(group)))
+        self._ledger.let_go(self.tiers[move.tier], move)
+        self._ledger.host_pool.free(move.host_slots)
 
     def finish_read(self, move: Move, outcome: npt.NDArray[np.uint8]) -> Deletion | None:
         """Commit what came back good, forget what was not there or corrupt; feed the fetches that wait.
@@ -159,12 +216,11 @@ class Planner:
         """Move a fetch's awaited blocks that this read has settled to pinned, or to nothing."""
         if fetch.root != move.root or not fetch.awaited.any():
             return
-        for group in np.unique(move.groups):
-            at = move.positions[(move.groups == group) & (move.positions < fetch.blocks)]
-            at = at[fetch.awaited[group, at]]
-            at = at[(fetch.keys[at] == move.keys[at]).all(axis=1)]
+        waited = self._awaits(fetch, move)
+        for group in np.unique(move.groups[waited]):
+            at = move.positions[waited & (move.groups == group)]
             fetch.awaited[group, at] = False
-            if fetch.open and len(at):
+            if fetch.open:
                 slots = self._ledger.host_slots(fetch.root, fetch.keys, int(group))[at]
                 here = slots != NO_SLOT
                 self._pin(fetch, int(group), at[here], slots[here])
@@ -173,6 +229,7 @@ class Planner:
         self._ledger.pin_host(fetch.root, fetch.keys, group, at)
         fetch.pinned[group, at] = True
         fetch.slots[group, at] = slots
+        self._pins.add(slots, fetch.slot_sizes[group])
 
     def ready(self, fetch: FetchPlan) -> int:
         """Leading blocks that are verified and pinned in host memory."""
@@ -199,6 +256,8 @@ class Planner:
         """Take back the fetch's pins. Safe to call twice."""
         self.close_fetch(fetch)
         self._ledger.unpin_host(fetch.root, fetch.keys, fetch.pinned)
+        for group, pinned in enumerate(fetch.pinned):
+            self._pins.take(fetch.slots[group, pinned], fetch.slot_sizes[group])
         fetch.pinned[:] = False
 
     # ---------------------------------------------------------------- store

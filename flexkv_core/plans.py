@@ -101,17 +101,20 @@ class FetchPlan:
 
     Attributes:
         coverages: the rules of the model's groups.
+        slot_sizes: bytes of a block of each group, with its seal.
         blocks: length of the prefix that this fetch tries to supply.
         needed, pinned, awaited: (groups, blocks) bool; pinned and awaited are subsets of needed.
         slots: (groups, blocks) int64: host slots of the pinned blocks, `NO_SLOT` elsewhere.
         sources: (groups, blocks) int16: the stack's tier that each needed block was found in, -1 for none.
         reads: moves to start; the planner has allocated their host slots.
         open: False once nothing more may be pinned for it (deadline, release).
+        truncated: the prefix was held further than the budget of pins allows.
     """
 
     root: bytes
     keys: Keys
     coverages: tuple[Coverage, ...]
+    slot_sizes: tuple[int, ...]
     blocks: int
     needed: npt.NDArray[np.bool_]
     pinned: npt.NDArray[np.bool_]
@@ -120,6 +123,7 @@ class FetchPlan:
     sources: npt.NDArray[np.int16]
     reads: list[Move] = field(default_factory=list)
     open: bool = True
+    truncated: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -21,8 +21,8 @@ A block in a slot, all numbers little endian::
         144     zeros
 
 The checksums cover the payload and the header. The padding and the zeros after the header are of no use to
-anybody and are not covered: damage there does not make a block bad. A block's identity is key, group and length; parent,
-root and depth say where it belongs, so that a tier which has lost its index can be taken up again.
+anybody and are not covered: damage there does not make a block bad. A block's identity is key, group and length;
+parent, root and depth say where it belongs, so that a tier which has lost its index can be taken up again.
 """
 
 from __future__ import annotations

@@ -22,13 +22,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server", "testing"),
     # lookup, fetch, load, store, reset; the same without bytes
     ("manager", "simulate"),
+    ("fetching", "copying"),
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
     ("planner", "tier_inline", "tier_process"),
     ("tier_link", "write_through"),
     ("tier_worker", "ledger"),
-    ("tier_wire", "plans", "tier_book"),
+    ("tier_wire", "plans", "tier_book", "pins"),
     # what is where
     ("presence",),
     ("index",),
@@ -37,10 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "device", "models"),
     ("policies", "testing.faults"),
     ("plugins",),
-    # helpers of bytes, and what a backend's author reads
+    # what a backend's author reads, and helpers of bytes
+    ("backend",),
     ("seal",),
     ("region",),
-    ("backend",),
     # keys, geometry: no I/O
     ("blocks", "locks"),
     ("layout",),

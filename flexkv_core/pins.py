@@ -1,0 +1,78 @@
+"""The budget of pins: what fetches may keep in host memory, where nothing can evict it. No index, no slots of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.layout import Coverage
+
+Slots = npt.NDArray[np.int64]
+
+
+class PinBudget:
+    """Counts pins by host slot, so that a block that many fetches have pinned counts once.
+
+    Args:
+        budget: bytes; None: no bound.
+
+    Attributes:
+        used: bytes pinned now.
+    """
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+        self.used = 0
+        self._pins: dict[int, int] = {}  # host slot -> pins
+
+    @property
+    def left(self) -> int:
+        """Bytes that may still be pinned; 0 or less when there are none."""
+        return (self.budget if self.budget is not None else 1 << 62) - self.used
+
+    def counted(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Which of these host slots are pinned already; any shape."""
+        pins = self._pins
+        return np.array([slot in pins for slot in slots.ravel().tolist()], np.bool_).reshape(slots.shape)
+
+    def add(self, slots: Slots, slot_bytes: int) -> None:
+        """A pin of each of these slots, all of one size."""
+        pins, new = self._pins, 0
+        for slot in slots.tolist():
+            before = pins.get(slot, 0)
+            pins[slot] = before + 1
+            new += not before
+        self.used += new * slot_bytes
+
+    def take(self, slots: Slots, slot_bytes: int) -> None:
+        """Take back a pin of each. Raises KeyError for a slot that has none."""
+        pins, gone = self._pins, 0
+        for slot in slots.tolist():
+            left = pins[slot] - 1
+            if left:
+                pins[slot] = left
+            else:
+                del pins[slot]
+                gone += 1
+        self.used -= gone * slot_bytes
+
+
+def pin_costs(new_bytes: npt.NDArray[np.int64], coverages: Sequence[Coverage]) -> npt.NDArray[np.int64]:
+    """What pinning a prefix of b blocks adds, for every b.
+
+    Args:
+        new_bytes: (groups, n) int64: what pinning each block would add; 0 where it is pinned already.
+        coverages: one rule a group: a window or a state needs only the last positions.
+
+    Returns (n + 1,) int64.
+    """
+    blocks = new_bytes.shape[1]
+    cost = np.zeros(blocks + 1, np.int64)
+    boundary = np.arange(blocks + 1)
+    for row, coverage in zip(new_bytes, coverages, strict=True):
+        total = np.concatenate(([0], np.cumsum(row)))
+        span = {"all": blocks, "window": coverage.blocks, "state": 1}[coverage.kind]
+        cost += total - total[np.maximum(boundary - span, 0)]
+    return cost
