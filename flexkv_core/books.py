@@ -22,7 +22,7 @@ from flexkv_core.tier_book import TierBook
 
 MIB = 1 << 20
 EXTENT_BYTES = 32 * MIB
-"""Of a large tier. A small one has extents of about a 64th of its capacity, so that several slot classes find room."""
+"""Of a large tier. A small one has extents of about a 16th of its capacity, so that several slot classes find room."""
 SMALLEST_EXTENT_BYTES = MIB // 4
 STAGING_BYTES = 256 * MIB
 """Host memory of a stack without a cpu tier: blocks pass through it on their way."""
@@ -62,21 +62,23 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     tiers = list(stack.tiers)
     hosted = tiers.pop(0) if tiers and tiers[0].hosts else None
 
-    def extent(capacity: int) -> int:
-        if simulated_slot_bytes is not None:
-            return SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes
-        return extent_bytes(capacity)
+    def pool_of(tier: TierConfig | None, capacity: int) -> SlotPool:
+        """Slots for a tier; one whose capacity is a number of blocks (of a simulation) has exactly so many."""
+        in_blocks = tier is not None and tier.capacity is not None and tier.capacity.bytes is None
+        if in_blocks and simulated_slot_bytes is not None:
+            return SlotPool(capacity, SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes)
+        return SlotPool(capacity, extent_bytes(capacity))
 
     host_bytes = STAGING_BYTES
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
-    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent(host_bytes)), column=0)]
+    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=pool_of(hosted, host_bytes), column=0)]
     columns = 1
     for number, tier in enumerate(tiers, start=1):
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
-            pool = SlotPool(size, extent(size))
+            pool = pool_of(tier, size)
             books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=columns))
             columns += 1
         else:
@@ -101,7 +103,7 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
 
 def extent_bytes(capacity: int) -> int:
     """The unit by which a tier's capacity is divided among slot classes: a power of two."""
-    share = 1 << max(0, (capacity // 64).bit_length() - 1)
+    share = 1 << max(0, (capacity // 16).bit_length() - 1)
     return min(EXTENT_BYTES, max(SMALLEST_EXTENT_BYTES, share))
 
 
@@ -110,9 +112,12 @@ def make_index(policies: Sequence[Eviction]) -> Index:
     return NativeIndex(len(policies), policies)
 
 
-def make_planner(books: list[TierBook], clock: Clock = monotonic_microseconds) -> Planner:
-    """A planner over an empty index; `clock`: microseconds, for policies that count in seconds."""
-    return Planner(books, make_index([book.eviction for book in books if book.column is not None]), clock)
+def make_planner(
+    books: list[TierBook], clock: Clock = monotonic_microseconds, pin_budget_bytes: int | None = None
+) -> Planner:
+    """A planner over an empty index; arguments as for `Planner`."""
+    index = make_index([book.eviction for book in books if book.column is not None])
+    return Planner(books, index, clock, pin_budget_bytes)
 
 
 def _admission(tier: TierConfig) -> GuardedAdmission | None:

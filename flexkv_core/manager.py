@@ -6,6 +6,7 @@ lives and the handles that callers hold. Errors of storage never come out of it:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -16,21 +17,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from flexkv_core.backend import PAGE
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books
 from flexkv_core.config import StackConfig, TierConfig, load_stack
+from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
 from flexkv_core.device import Device
 from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
+from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
-from flexkv_core.plans import HOST, Move, StorePlan
+from flexkv_core.plans import HOST
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Link, Scheduler
-from flexkv_core.seal import seal_blocks
 from flexkv_core.tier_book import TierBook
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import LinkSettings, TierLink
@@ -41,12 +41,6 @@ DEFAULT_FETCH_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 5.0
 CLOSE_SHARE = 0.8
 """Of the time that is left to close a tier; what remains of it is for killing and reaping one that hangs."""
-SEAL_THREADS = 4
-"""At most so many threads seal one store's blocks, and no more than this process may use."""
-MAX_PENDING_STORES = 1024
-"""Stores whose copy has not ended; more are refused, so that a caller who never waits stays bounded."""
-
-DeviceBlocks = npt.NDArray[np.int64] | Sequence[npt.NDArray[np.int64]]
 
 
 class KVCacheManager:
@@ -62,11 +56,7 @@ class KVCacheManager:
         self._stack = stack
         self._lock = threading.RLock()
         self._closed = False
-        self._devices: dict[bytes, Device] = {}
-        self._fetches: set[Fetch] = set()
-        self._pending_stores = 0
-        self._refused_stores = 0
-        self._seal_threads = min(SEAL_THREADS, len(os.sched_getaffinity(0)))
+        self._ranks: dict[bytes, Ranks] = {}
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
@@ -76,9 +66,10 @@ class KVCacheManager:
             threads=opened.threads,
         )
         self._books = opened.books
-        self._planner = make_planner(opened.books)
+        self._planner = make_planner(opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size))
         self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify)
-        self._scheduler.on_read = self._refresh
+        self._fetches = Fetches(self._planner, self._scheduler, self._lock, stack.pin_limit_s)
+        self._copies = Copies(self._planner, self._scheduler, self._fetches, self._lock, self._region)
         self._verify = verify
         self._scheduler.start()
         for book, tier in zip(opened.books[HOST + 1 :], opened.lower, strict=True):
@@ -137,19 +128,20 @@ class KVCacheManager:
             else InlineLink(settings, loop, self._region.buffer, changed)
         )
         limit = tier.write_queue or self._region.size // 4
-        self._scheduler.add_tier(book.number, link, limit)
+        self._scheduler.add_tier(book.number, link, limit, tier.in_flight or self._region.size // 4)
 
     # ---------------------------------------------------------------- models
 
-    def register(self, model: ModelSpec, device: Device | None = None) -> Namespace:
-        """Make a model known: its namespace, its slot classes, and the device that holds its paged KV.
+    def register(self, model: ModelSpec, device: Device | Sequence[Device] | None = None) -> Namespace:
+        """Make a model known: its namespace, its slot classes, and the devices that hold its paged KV.
 
         Args:
             model: groups and block bytes.
-            device: needed for `load` and `store`; its blocks must have the model's bytes.
+            device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
+                the bytes that the model's groups say (`KVGroup.shards`).
 
         Raises:
-            LayoutError: a block does not fit in a tier, the device's blocks have other sizes, or the stack names
+            LayoutError: a block does not fit in a tier, a device's blocks have other sizes, or the stack names
                 another block size.
         """
         self._check_open()
@@ -159,13 +151,34 @@ class KVCacheManager:
                 "make them equal, or leave it out of the stack"
             )
         namespace = Namespace.of(model)
+        ranks = None
         if device is not None:
-            _check_device(device, model)
+            ranks = Ranks.of(device if isinstance(device, Sequence) else [device], model)
         with self._lock:
             self._planner.add_model(namespace.root, model.groups)
-            if device is not None:
-                self._devices[namespace.root] = device
+            if ranks is not None:
+                self._ranks[namespace.root] = ranks
         return namespace
+
+    def reset(self, namespace: Namespace) -> Namespace:
+        """Move to a fresh epoch: from now on nothing that was cached under the old one is found or loaded.
+
+        Deletes nothing: the old epoch's blocks are evicted first. What was stored, fetched or planned under the old one
+        and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices.
+
+        Raises UnknownNamespaceError for a namespace that is not registered, or was reset already.
+        """
+        self._check_open()
+        fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
+        with self._lock:
+            groups = self._planner.groups(namespace.root)
+            self._planner.retire(namespace.root)
+            self._planner.add_model(fresh.root, groups)
+            ranks = self._ranks.pop(namespace.root, None)
+            if ranks is not None:
+                self._ranks[fresh.root] = ranks
+        self._scheduler.call(self._fetches.reset, namespace.root)
+        return fresh
 
     # ---------------------------------------------------------------- lookups and fetches
 
@@ -186,123 +199,45 @@ class KVCacheManager:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
         Returns at once. At the deadline, seconds from now (less than 0 counts as 0), the fetch is done with what is
-        ready; later blocks are kept for others. A prefix longer than host memory can hold beside other pins is
-        truncated.
+        ready; later blocks are kept for others. A prefix longer than host memory can hold beside other pins, or than
+        the stack's `pin_budget` leaves, is truncated. A fetch that is not released within `pin_limit_s` loses its
+        pins, and can no longer be loaded.
         """
         self._check_open()
-        keys = _checked_keys(keys)
-        deadline_s = max(0.0, float(deadline_s))  # in this order, so that NaN is 0: it would confuse the loop's timers
-        fetch = Fetch(self._release)
-        self._scheduler.call(self._begin_fetch, fetch, namespace.root, keys, deadline_s)
-        return fetch
+        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True)
 
-    def _begin_fetch(self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float) -> None:
-        try:
-            with self._lock:
-                fetch.plan = self._planner.begin_fetch(root, keys)
-        except Exception:
-            logger.exception("a fetch could not be planned")
-            fetch.settle()
-            return
-        self._fetches.add(fetch)
-        self._update(fetch)
-        if not fetch.done:
-            self._scheduler.submit_reads(fetch.plan)
-            self._scheduler.loop.call_later(deadline_s, self._finish_fetch, fetch)
-        if fetch.released:
-            self._unpin(fetch)
+    def prefetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
+        """A fetch that nobody waits for: it gives way to others and pins nothing once it is done.
 
-    def _refresh(self, move: Move) -> None:
-        """A read has been settled: some fetches may have more in hand."""
-        for fetch in list(self._fetches):
-            if fetch.plan is not None and fetch.plan.root == move.root:
-                self._update(fetch)
-
-    def _update(self, fetch: Fetch) -> None:
-        if fetch.done or fetch.plan is None:
-            return
-        with self._lock:
-            fetch.ready = self._planner.ready(fetch.plan)
-            complete = not fetch.plan.awaited.any()
-        if complete:
-            self._finish_fetch(fetch)
-
-    def _finish_fetch(self, fetch: Fetch) -> None:
-        """Complete, or the deadline has passed."""
-        if fetch.done or fetch.plan is None:
-            return
-        with self._lock:
-            served = self._planner.close_fetch(fetch.plan)
-            fetch.ready = self._planner.ready(fetch.plan)
-        fetch.sources = {self._books[number].name: blocks for number, blocks in served.items()}
-        self._fetches.discard(fetch)
-        fetch.settle()
-
-    def _release(self, fetch: Fetch) -> None:
-        if not self._closed:
-            self._scheduler.call(self._release_now, fetch)
-
-    def _release_now(self, fetch: Fetch) -> None:
-        fetch.released = True
-        self._unpin(fetch)
-
-    def _unpin(self, fetch: Fetch) -> None:
-        if fetch.plan is None or fetch.loads:
-            return
-        self._finish_fetch(fetch)
-        with self._lock:
-            self._planner.release(fetch.plan)
+        The handle may be dropped, or cancelled.
+        """
+        self._check_open()
+        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=False)
 
     # ---------------------------------------------------------------- copies
 
     def load(self, fetch: Fetch, device_blocks: DeviceBlocks) -> Transfer:
-        """Copy a fetch's ready blocks into device blocks.
+        """Copy a fetch's ready blocks into device blocks, on all ranks.
 
         Args:
             device_blocks: (m,) int64, the device block for each of the first m <= fetch.ready blocks, -1 to skip
                 one; with several KV groups a sequence of such arrays, one a group.
 
+        The transfer fails, and nothing is copied, if the fetch has lost its pins before the copy began.
+
         Raises:
             KeyInputError: more device blocks than ready blocks, or no blocks for a group.
-            StateError: the fetch was released, or the model has no device.
+            StateError: the fetch is not done or was released, or the model has no device.
         """
         self._check_open()
         plan = fetch.plan
-        if plan is None or fetch.released or not fetch.done:
+        if plan is None or not fetch.done or fetch.why in ("released", "cancelled"):
             raise StateError("load needs a fetch that is done and not released: call fetch.wait() first")
-        device = self._device(plan.root)
-        wanted = _by_group(device_blocks, len(plan.pinned), fetch.ready, "device_blocks")
-        jobs = []
-        for group, blocks in enumerate(wanted):
-            slots = plan.slots[group, : len(blocks)]
-            chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
-            jobs.append((group, slots[chosen] * PAGE, blocks[chosen]))
-            _check_blocks(device, group, blocks)
-        transfer = Transfer()
-        count = sum(len(blocks) for _, _, blocks in jobs)
-
-        def copy() -> None:
-            for group, offsets, blocks in jobs:
-                device.scatter(self._region.buffer, offsets, blocks, group)
-            transfer.settle(count)  # from the copy thread: the caller need not wait for the books below
-
-        def done(_: Any, error: BaseException | None) -> None:
-            fetch.loads -= 1
-            if fetch.released:
-                self._unpin(fetch)
-            if error is not None:
-                logger.error("a load failed", exc_info=error)
-                transfer.settle(0, str(error))
-
-        def start() -> None:
-            if fetch.released:
-                transfer.settle(0, "the fetch was released before its load began")
-                return
-            fetch.loads += 1
-            self._scheduler.run_copy(copy, done)
-
-        self._scheduler.call(start)
-        return transfer
+        if fetch.released:
+            transfer = Transfer()
+            transfer.settle(0, f"the fetch was {fetch.why}")
+            return transfer
+        return self._copies.load(fetch, plan, self._ranks_of(plan.root), device_blocks)
 
     def store(self, namespace: Namespace, keys: Keys, device_blocks: DeviceBlocks) -> Transfer:
         """Copy device blocks to host memory, commit them, and let them sink to the lower tiers behind the call.
@@ -313,83 +248,37 @@ class KVCacheManager:
                 Blocks that host memory holds already are not copied again.
 
         The transfer is done when the blocks are committed in host memory. The device blocks must not change
-        before that.
+        before that. With several ranks a block is committed when all have copied; if one fails, none is.
         """
         self._check_open()
         keys = _checked_keys(keys)
-        device = self._device(namespace.root)
+        ranks = self._ranks_of(namespace.root)
         with self._lock:
             groups = self._planner.groups(namespace.root)
-        offered = _by_group(device_blocks, len(groups), len(keys), "device_blocks")
         table = np.full((len(groups), len(keys)), -1, np.int64)
-        for group, blocks in enumerate(offered):
-            _check_blocks(device, group, blocks)
+        for group, blocks in enumerate(by_group(device_blocks, len(groups), len(keys), "device_blocks")):
+            check_blocks(ranks, group, blocks)
             table[group, : len(blocks)] = blocks
-        transfer = Transfer()
-        self._scheduler.call(self._begin_store, transfer, namespace.root, keys, table, device)
-        return transfer
+        return self._copies.store(namespace.root, keys, table, ranks)
 
-    def _begin_store(
-        self, transfer: Transfer, root: bytes, keys: Keys, table: npt.NDArray[np.int64], device: Device
-    ) -> None:
-        if self._pending_stores >= MAX_PENDING_STORES:
-            self._refused_stores += 1
-            transfer.settle(0, "too many stores under way")
-            return
-        try:
+    def cancel(self, transfer: Transfer | Fetch) -> None:
+        """Give up a fetch or a transfer, at any point. It will be done soon; if it is done, nothing happens.
+
+        A fetch loses its pins, and what only it waits for is not read. A store commits nothing unless it has; its
+        device blocks may be used again when it is done. A load that has begun ends as if nothing had been said.
+        """
+        if isinstance(transfer, Fetch):
+            self._scheduler.call(self._fetches.cancel, transfer)
+        elif not transfer.done:
+            transfer.cancelled = True
+
+    def _ranks_of(self, root: bytes) -> Ranks:
+        ranks = self._ranks.get(root)
+        if ranks is None:
             with self._lock:
-                plan = self._planner.begin_store(root, keys, table >= 0)
-        except Exception as error:
-            logger.exception("a store could not be planned")
-            transfer.settle(0, str(error))
-            return
-        self._pending_stores += 1
-
-        def copy() -> None:
-            self._gather(plan, table, device)
-
-        def done(_: Any, error: BaseException | None) -> None:
-            self._pending_stores -= 1
-            with self._lock:
-                if error is not None:
-                    self._planner.abort_store(plan)
-                    writes = []
-                else:
-                    writes = self._planner.commit_store(plan)
-            if error is not None:
-                logger.error("a store failed", exc_info=error)
-            # First, because the blocks are committed: that they also sink is nobody's wait.
-            transfer.settle(0 if error else len(plan.positions), str(error) if error else None)
-            self._scheduler.submit_writes(writes)
-
-        if len(plan.positions):
-            self._scheduler.run_copy(copy, done)
-        else:
-            done(None, None)
-
-    def _gather(self, plan: StorePlan, table: npt.NDArray[np.int64], device: Device) -> None:
-        """Copy a store's blocks from the device and seal them (copy thread)."""
-        for group in np.unique(plan.groups):
-            chosen = plan.groups == group
-            offsets = plan.slots[chosen] * PAGE
-            device.gather(self._region.buffer, offsets, table[group, plan.positions[chosen]], int(group))
-        seal_blocks(
-            self._region.buffer,
-            plan.slots * PAGE,
-            plan.payload_bytes,
-            plan.keys[plan.positions],
-            plan.groups,
-            root=plan.root,
-            parents=plan.parents,
-            depths=plan.positions,
-            threads=self._seal_threads,
-        )
-
-    def _device(self, root: bytes) -> Device:
-        device = self._devices.get(root)
-        if device is None:
+                self._planner.groups(root)  # raises for a namespace that is not registered, or was reset
             raise StateError("this namespace has no device: pass device=... to register()")
-        return device
+        return ranks
 
     # ---------------------------------------------------------------- waiting, figures, end
 
@@ -410,7 +299,9 @@ class KVCacheManager:
                 read, written, stored, evicted, hit, corrupt, failed, dropped) and of its process: `state`
                 ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
                 (None where there is none).
-            fetches, pending_stores: under way now.
+            fetches, pending_stores: under way now. pinned_fetches: not released yet; pinned_bytes: of host memory,
+                that they keep.
+            truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
             refused_blocks: blocks of stores for which host memory had no room that is not pinned.
             refused_stores: stores refused because `MAX_PENDING_STORES` were under way.
             verify: whether seals are checked.
@@ -429,10 +320,14 @@ class KVCacheManager:
                 tiers[book.name] = figures
             return {
                 "tiers": tiers,
-                "fetches": len(self._fetches),
-                "pending_stores": self._pending_stores,
+                "fetches": self._fetches.waiting,
+                "pinned_fetches": self._fetches.pinned,
+                "pinned_bytes": self._planner.pinned_bytes,
+                "truncated_fetches": self._planner.truncated_fetches,
+                "expired_fetches": self._fetches.expired,
+                "pending_stores": self._copies.pending_stores,
                 "refused_blocks": self._planner.refused_blocks,
-                "refused_stores": self._refused_stores,
+                "refused_stores": self._copies.refused_stores,
                 "verify": self._verify,
             }
 
@@ -449,9 +344,7 @@ class KVCacheManager:
         self._scheduler.drain(deadline_s / 2)
         rest = deadline_s - (time.monotonic() - started)
         clean = self._scheduler.close(CLOSE_SHARE * max(rest, 0.0))
-        for fetch in list(self._fetches):
-            fetch.settle()
-        self._fetches.clear()
+        self._fetches.settle_all()
         if clean:
             self._region.close()
         else:
@@ -460,23 +353,6 @@ class KVCacheManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this manager was closed: open another one")
-
-
-def _check_device(device: Device, model: ModelSpec) -> None:
-    for number, group in enumerate(model.groups):
-        found = device.fragments(number).block_bytes
-        if found != group.block_bytes:
-            raise LayoutError(
-                f"group {number}: the device's blocks have {found} bytes, the model's {group.block_bytes}: "
-                "describe the same tensors in both"
-            )
-
-
-def _check_blocks(device: Device, group: int, blocks: npt.NDArray[np.int64]) -> None:
-    pages = device.fragments(group).pages
-    if len(blocks) and (blocks.max() >= pages or blocks.min() < -1):
-        worst = int(blocks.max()) if blocks.max() >= pages else int(blocks.min())
-        raise KeyInputError(f"device block {worst} of group {group}: the device has blocks 0 to {pages - 1}")
 
 
 def _checked_keys(keys: Keys) -> Keys:
@@ -488,14 +364,5 @@ def _checked_keys(keys: Keys) -> Keys:
     return np.ascontiguousarray(keys)
 
 
-def _by_group(blocks: DeviceBlocks, groups: int, limit: int, name: str) -> Sequence[npt.NDArray[np.int64]]:
-    """Return one int64 array a group, each at most `limit` long."""
-    listed = [blocks] if isinstance(blocks, np.ndarray) else list(blocks)
-    if len(listed) != groups:
-        raise KeyInputError(f"{name} has arrays for {len(listed)} KV groups: this model has {groups}")
-    for array in listed:
-        if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.ndim != 1:
-            raise KeyTypeError(f"{name} must be one-dimensional int64 arrays")
-        if len(array) > limit:
-            raise KeyInputError(f"{name} names {len(array)} blocks: at most {limit} can be given here")
-    return listed
+def _seconds(deadline_s: float) -> float:
+    return max(0.0, float(deadline_s))  # in this order, so that NaN is 0: it would confuse the loop's timers

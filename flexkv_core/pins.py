@@ -1,4 +1,4 @@
-"""The budget of pins: what fetches may keep in host memory, where nothing can evict it. No index, no slots of its own."""
+"""The budget of pins: what fetches may keep in host memory, where nothing can evict it. Knows slots as numbers."""
 
 from __future__ import annotations
 

@@ -166,11 +166,11 @@ class Planner:
         wanted = np.zeros(len(move), np.bool_)
         for fetch in self._fetches:
             if fetch.root == move.root:
-                wanted |= self._awaits(fetch, move)
+                wanted |= self.awaits(fetch, move)
         return ~wanted
 
     @staticmethod
-    def _awaits(fetch: FetchPlan, move: Move) -> npt.NDArray[np.bool_]:
+    def awaits(fetch: FetchPlan, move: Move) -> npt.NDArray[np.bool_]:
         """Which blocks of a move of the fetch's namespace it waits for: (len(move),) bool."""
         within = move.positions < fetch.blocks
         at, groups = move.positions[within], move.groups[within]
@@ -216,7 +216,7 @@ class Planner:
         """Move a fetch's awaited blocks that this read has settled to pinned, or to nothing."""
         if fetch.root != move.root or not fetch.awaited.any():
             return
-        waited = self._awaits(fetch, move)
+        waited = self.awaits(fetch, move)
         for group in np.unique(move.groups[waited]):
             at = move.positions[waited & (move.groups == group)]
             fetch.awaited[group, at] = False

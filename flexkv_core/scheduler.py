@@ -44,25 +44,29 @@ class TierQueue:
     """One lower tier's traffic.
 
     Attributes:
-        reads, writes: moves not yet started.
+        reads, prefetches, writes: moves not yet started; in this order they are.
         write_limit: bytes that may be queued or being written: all of it is pinned in host memory.
         queued_bytes: how many are.
-        in_flight: calls that the tier has not answered.
+        in_flight: calls that the tier has not answered; in_flight_bytes: what they move.
+        most_in_flight: bytes that calls under way may move; a single call may exceed it.
         settling: reads that came back and are being verified.
     """
 
     number: int
     link: Link
     write_limit: int
+    most_in_flight: int
     reads: deque[Move] = field(default_factory=deque)
+    prefetches: deque[Move] = field(default_factory=deque)
     writes: deque[Move] = field(default_factory=deque)
     queued_bytes: int = 0
     in_flight: int = 0
+    in_flight_bytes: int = 0
     settling: int = 0
 
     @property
     def idle(self) -> bool:
-        return not (self.reads or self.writes or self.in_flight or self.settling)
+        return not (self.reads or self.prefetches or self.writes or self.in_flight or self.settling)
 
     @property
     def queued_blocks(self) -> int:
@@ -161,9 +165,9 @@ class Scheduler:
 
     # ---------------------------------------------------------------- tiers
 
-    def add_tier(self, number: int, link: Link, write_limit: int) -> None:
-        """Take over a lower tier's link and start it."""
-        self._queues[number] = TierQueue(number, link, write_limit)
+    def add_tier(self, number: int, link: Link, write_limit: int, most_in_flight: int) -> None:
+        """Take over a lower tier's link and start it; limits in bytes, see `TierQueue`."""
+        self._queues[number] = TierQueue(number, link, write_limit, most_in_flight)
         link.start()
 
     def queues(self) -> dict[int, TierQueue]:
@@ -207,18 +211,42 @@ class Scheduler:
                 move = queue.writes.popleft()
                 queue.queued_bytes -= move.nbytes
                 self._planner.down.drop_write(move)
-        while queue.reads:
-            move = queue.reads.popleft()
+        while queue.reads or queue.prefetches:
+            move = (queue.reads or queue.prefetches).popleft()
             self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
 
     # ---------------------------------------------------------------- traffic
 
-    def submit_reads(self, fetch: FetchPlan) -> None:
-        """Start the reads that a fetch has planned."""
+    def submit_reads(self, fetch: FetchPlan, *, urgent: bool) -> None:
+        """Start the reads that a fetch has planned. Urgent: somebody waits. Then they pass prefetches, and so do
+        prefetches of what it waits for too."""
         for move in fetch.reads:
             queue = self._queues[move.tier]
-            queue.reads.append(move)
+            (queue.reads if urgent else queue.prefetches).append(move)
             self._pump(queue)
+        if urgent and fetch.awaited.any():
+            for queue in self._queues.values():
+                waiting, queue.prefetches = queue.prefetches, deque()
+                for move in waiting:
+                    (queue.reads if self._planner.awaits(fetch, move).any() else queue.prefetches).append(move)
+
+    def withdraw_reads(self) -> None:
+        """Drop the reads that have not been started and that no fetch waits for any more."""
+        for queue in self._queues.values():
+            with self._lock:
+                queue.reads = self._wanted(queue.reads)
+                queue.prefetches = self._wanted(queue.prefetches)
+        self._wake_idle()
+
+    def _wanted(self, line: deque[Move]) -> deque[Move]:
+        kept: deque[Move] = deque()
+        for move in line:
+            unwanted = self._planner.unwanted(move)
+            if unwanted.any():
+                self._planner.drop_read(move.part(unwanted))
+            if not unwanted.all():
+                kept.append(move.part(~unwanted))
+        return kept
 
     def submit_writes(self, writes: list[Move]) -> None:
         """Queue writes; what a full queue or an absent tier cannot take is dropped."""
@@ -258,13 +286,13 @@ class Scheduler:
         self._copiers.submit(run)
 
     def _pump(self, queue: TierQueue) -> None:
-        """Start as many calls as the tier takes: reads first, then writes."""
+        """Start as many calls as the tier takes: reads first, then prefetches, then writes."""
         capabilities = queue.link.capabilities
         concurrency = capabilities.concurrency if capabilities else 1
         size = capabilities.max_batch_blocks if capabilities else DEFAULT_BATCH_BLOCKS
-        while queue.in_flight < concurrency:
-            if queue.reads:
-                self._start_read(queue, self._take(queue.reads, size))
+        while queue.in_flight < concurrency and (not queue.in_flight or queue.in_flight_bytes < queue.most_in_flight):
+            if queue.reads or queue.prefetches:
+                self._start_read(queue, self._take(queue.reads or queue.prefetches, size))
             elif queue.writes and queue.link.state == "ready":
                 self._start_write(queue, self._take(queue.writes, size))
             else:
@@ -281,9 +309,11 @@ class Scheduler:
 
     def _start_read(self, queue: TierQueue, move: Move) -> None:
         queue.in_flight += 1
+        queue.in_flight_bytes += move.nbytes
 
         def done(statuses: npt.NDArray[np.uint8]) -> None:
             queue.in_flight -= 1
+            queue.in_flight_bytes -= move.nbytes
             queue.settling += 1
             if self._verify and (statuses == Status.OK).any():
                 self.run_copy(lambda: self._verified(move, statuses), settle)
@@ -337,6 +367,7 @@ class Scheduler:
             return
         write: Move = started
         queue.in_flight += 1
+        queue.in_flight_bytes += write.nbytes
 
         def room_made(ok: bool) -> None:
             if ok:
@@ -346,6 +377,7 @@ class Scheduler:
 
         def done(statuses: npt.NDArray[np.uint8]) -> None:
             queue.in_flight -= 1
+            queue.in_flight_bytes -= write.nbytes
             queue.queued_bytes -= write.nbytes
             written = statuses[DEEPEST_FIRST] == Status.OK
             with self._lock:

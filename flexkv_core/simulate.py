@@ -56,7 +56,9 @@ class SimulatedCache:
         sizes = {group.slot_bytes for group in model.groups}
         opened = open_books(self._stack, simulated_slot_bytes=max(sizes))
         self._books = opened.books
-        self._planner = make_planner(opened.books, lambda: self._now_us)
+        self._planner = make_planner(
+            opened.books, lambda: self._now_us, pin_budget_bytes=int(self._stack.pin_budget * opened.host_bytes)
+        )
         namespace = Namespace.of(model)
         self._planner.add_model(namespace.root, model.groups)
         return namespace

@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("server", "testing"),
     # lookup, fetch, load, store, reset; the same without bytes
     ("manager", "simulate"),
-    ("fetching", "copying"),
+    ("copying",),
+    ("fetching",),
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),

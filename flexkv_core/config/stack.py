@@ -57,6 +57,7 @@ class TierKeys(BaseModel):
     isolation: Literal["process", "none"] = "process"
     deadline_s: Annotated[float, Field(gt=0, le=86400, strict=True)] = 10.0
     write_queue: Size | None = None
+    in_flight: Size | None = None
     state_directory: Path | None = None
     faults: FaultConfig | None = None
 
@@ -67,6 +68,8 @@ class StackKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     block_size: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    pin_budget: Annotated[float, Field(gt=0, le=1)] = 0.8
+    pin_limit_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
     tiers: list[Any]
 
 
@@ -83,6 +86,7 @@ class TierConfig:
         evict_start_threshold: eviction starts when this share of the capacity would be passed.
         admission: which of the blocks that requests offer the tier takes; the host tier takes all.
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
+        in_flight: bytes that calls under way may move; None: a quarter of host memory.
         deadline_s: a call of the backend that takes longer gets its process killed.
     """
 
@@ -99,16 +103,26 @@ class TierConfig:
     isolation: Literal["process", "none"]
     deadline_s: float
     write_queue: int | None
+    in_flight: int | None
     state_directory: Path | None
     faults: FaultConfig | None
 
 
 @dataclass(frozen=True, slots=True)
 class StackConfig:
-    """A stack, validated: tokens a block (None: the engine says), and the tiers, fastest first."""
+    """A stack, validated.
+
+    Attributes:
+        block_size: tokens a block; None: the engine says.
+        tiers: fastest first.
+        pin_budget: share of host memory that fetches may keep pinned; longer prefixes are truncated.
+        pin_limit_s: seconds after which a fetch that was not released loses its pins.
+    """
 
     block_size: int | None
     tiers: tuple[TierConfig, ...]
+    pin_budget: float = 0.8
+    pin_limit_s: float = 600.0
 
 
 def load_stack(source: str | Path | Mapping[str, Any]) -> StackConfig:
@@ -133,7 +147,7 @@ def stack_of(source: Source) -> StackConfig:
     tiers: list[TierConfig] = []
     for number, entry in enumerate(top.tiers):
         tiers.append(_tier(source, number, entry, [tier.name for tier in tiers]))
-    return StackConfig(top.block_size, tuple(tiers))
+    return StackConfig(top.block_size, tuple(tiers), top.pin_budget, top.pin_limit_s)
 
 
 def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConfig:
@@ -173,6 +187,7 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         isolation=keys.isolation,
         deadline_s=keys.deadline_s,
         write_queue=keys.write_queue,
+        in_flight=keys.in_flight,
         state_directory=keys.state_directory,
         faults=keys.faults,
     )
