@@ -5,8 +5,9 @@ Owns which slots of a tier are free. Does not own bytes, copies (`index/`), or t
 A class of slots takes extents from the common pool when it needs them, as *runs* of contiguous extents, and gives a run
 back when all its slots are free. Slots lie one behind another in a run; what is left at its end is waste. The
 run's length is the smallest that wastes at most 1/8 of itself, or the least wasteful of 16 lengths: one extent for
-slots up to 1/8 of it, several for larger ones, at least one slot always. Where no such run is left (the end of
-the capacity, a gap between other classes), a shorter one is used as far as it goes.
+slots up to 1/8 of it, several for larger ones, at least one slot always. A run begins at a multiple of that length,
+so that from a slot and its class alone its run can be found again (`adopt`). Where a whole one does not fit (the end of
+the capacity, before another class's run), a shorter one is used as far as it goes.
 
 All work is per batch, in NumPy. Per class there is one byte for each slot it could have, touched only when used.
 """
@@ -119,8 +120,7 @@ class SlotPool:
     def available(self, slot_class: int) -> int:
         """How many slots could be allocated now, in the class's own runs and in unassigned extents."""
         kind = self._class(slot_class)
-        _, full, _, rest = self._gaps(kind)
-        return int(kind.free.sum() + full.sum() * kind.run_slots + rest.sum())
+        return int(kind.free.sum() + self._free_runs(kind)[1].sum())
 
     def allocated(self, slot_class: int) -> int:
         """How many slots of the class are allocated."""
@@ -135,9 +135,7 @@ class SlotPool:
         """
         kind = self._class(slot_class)
         count = self._owner.size
-        length = min(kind.run_extents, count)
-        if min(length * self._extent_pages, self._pages) < kind.pages:
-            return []
+        length = kind.run_extents
         # by extent: where its run begins and ends, and how many slots are in use in runs that begin there
         extents = np.arange(count)
         begins = np.where(self._owner == _COMMON, extents, self._first)
@@ -152,10 +150,11 @@ class SlotPool:
             used[first] += other.slots[first] - other.free[first]
         own = np.concatenate(([0], np.cumsum(self._owner == slot_class)))
         total = np.concatenate(([0], np.cumsum(used)))
-        start = np.arange(count - length + 1)
-        first, last = begins[start], ends[start + length - 1]
+        start = np.arange(0, count, length)
+        first, last = begins[start], ends[np.minimum(start + length, count) - 1]
         cost = total[last] - total[first]
-        good = np.flatnonzero((own[last] == own[first]) & (cost > 0))
+        wide = np.minimum((start + length) * self._extent_pages, self._pages) - start * self._extent_pages >= kind.pages
+        good = np.flatnonzero((own[last] == own[first]) & (cost > 0) & wide)
         best = good[np.argsort(cost[good], kind="stable")][:most]
         pages = self._extent_pages
         return [(int(first[i]) * pages, min(int(last[i]) * pages, self._pages), int(cost[i])) for i in best]
@@ -236,42 +235,66 @@ class SlotPool:
             raise ValueError(f"slot class {slot_class}: there are {len(self._classes)}; use what slot_class() gave")
         return self._classes[slot_class]
 
-    def _gaps(self, kind: _SlotClass) -> tuple[_Counts, _Counts, _Counts, _Counts]:
-        """Maximal gaps of unassigned extents, ascending: first extent; how many full runs fit; then, behind
-        those, the first extent of a shorter run and how many slots that would have."""
-        edges = np.diff(np.concatenate(([0], self._owner == _COMMON, [0])).astype(np.int64))
-        starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-        pages = np.minimum(stops * self._extent_pages, self._pages) - starts * self._extent_pages
-        full = pages // (kind.run_extents * self._extent_pages)
-        rest = (pages - full * kind.run_extents * self._extent_pages) // kind.pages
-        return starts, full, starts + full * kind.run_extents, rest
+    def _free_runs(self, kind: _SlotClass) -> tuple[_Counts, _Counts]:
+        """Where runs could begin now: first extents, and how many slots each run would have; full ones first."""
+        count, length = self._owner.size, kind.run_extents
+        starts = np.arange(0, count, length)
+        within = np.minimum(starts[:, None] + np.arange(length), count - 1)
+        taken = (self._owner[within] != _COMMON) | (starts[:, None] + np.arange(length) >= count)
+        lead = np.where(taken.any(axis=1), taken.argmax(axis=1), length)  # unassigned extents from the start on
+        pages = np.minimum((starts + lead) * self._extent_pages, self._pages) - starts * self._extent_pages
+        slots = np.minimum(np.maximum(pages, 0) // kind.pages, kind.run_slots)
+        order = np.concatenate(
+            [np.flatnonzero(slots == kind.run_slots), np.flatnonzero((slots > 0) & (slots < kind.run_slots))]
+        )
+        return starts[order], slots[order]
 
     def _grow(self, number: int, missing: int) -> bool:
         """Take runs for at least `missing` more slots; all or nothing."""
-        kind = self._classes[number]
-        starts, full, rest_starts, rest = self._gaps(kind)
-        wanted = min(-(-missing // kind.run_slots), int(full.sum()))
-        # full runs, lowest first: gap i gives starts[i], starts[i] + run_extents, ...
-        nth = np.arange(int(full.sum())) - np.repeat(np.cumsum(full) - full, full)
-        runs = (np.repeat(starts, full) + nth * kind.run_extents)[:wanted]
-        short_starts, short = rest_starts[rest > 0], rest[rest > 0]
-        missing -= wanted * kind.run_slots
-        if missing > 0:
-            if missing > int(short.sum()):
-                return False
-            take = int(np.searchsorted(np.cumsum(short), missing)) + 1
-            short_starts, short = short_starts[:take], short[:take]
-        else:
-            short_starts, short = short_starts[:0], short[:0]
-        kind.slots[runs] = kind.free[runs] = kind.run_slots
-        kind.slots[short_starts] = kind.free[short_starts] = short
-        for first in (runs, short_starts):
-            lengths = -(-kind.slots[first] * kind.pages // self._extent_pages)
-            offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            extents = np.repeat(first, lengths) + offsets
-            self._owner[extents] = number
-            self._first[extents] = np.repeat(first, lengths)
+        starts, slots = self._free_runs(self._classes[number])
+        total = np.cumsum(slots)
+        if not total.size or total[-1] < missing:
+            return False
+        take = int(np.searchsorted(total, missing)) + 1
+        self._assign(number, starts[:take], slots[:take])
         return True
+
+    def _assign(self, number: int, starts: _Counts, slots: _Counts) -> None:
+        """Make runs of a class, with so many slots each, all free."""
+        kind = self._classes[number]
+        kind.slots[starts] = kind.free[starts] = slots
+        lengths = -(-slots * kind.pages // self._extent_pages)
+        offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        extents = np.repeat(starts, lengths) + offsets
+        self._owner[extents] = number
+        self._first[extents] = np.repeat(starts, lengths)
+
+    def adopt(self, slots: Slots, slot_class: int) -> npt.NDArray[np.bool_]:
+        """Take exactly these slots of a class, as they were allocated before a restart.
+
+        Returns which were taken: (len(slots),) bool; not one that lies where the class can have no slot, where
+        another class has a run now, or that is taken already. Classes with shorter runs should come first.
+        """
+        kind = self._class(slot_class)
+        taken = np.zeros(len(slots), np.bool_)
+        inside = (slots >= 0) & (slots + kind.pages <= self._pages)
+        starts = np.where(inside, slots, 0) // self._extent_pages // kind.run_extents * kind.run_extents
+        places, beside = np.divmod(slots - starts * self._extent_pages, kind.pages)
+        fits = inside & (beside == 0) & (places < kind.run_slots)
+        fresh = np.unique(starts[fits & (self._owner[starts] == _COMMON)])
+        free_starts, free_slots = self._free_runs(kind)
+        chosen = np.isin(free_starts, fresh)
+        self._assign(slot_class, free_starts[chosen], free_slots[chosen])
+        at = np.flatnonzero(fits & (self._owner[starts] == slot_class) & (self._first[starts] == starts))
+        at = at[places[at] < kind.slots[starts[at]]]
+        at = at[np.sort(np.unique(slots[at], return_index=True)[1])]  # each once
+        at = at[~kind.used[starts[at], places[at]]]
+        kind.used[starts[at], places[at]] = True
+        np.subtract.at(kind.free, starts[at], 1)
+        self._used_bytes += len(at) * kind.pages * PAGE
+        taken[at] = True
+        self._reclaim(slot_class, fresh[self._owner[fresh] == slot_class])
+        return taken
 
     def _reclaim(self, number: int, runs: _Counts) -> None:
         """Give back those of these runs that are empty."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -215,3 +216,52 @@ def test_against_byte_ranges() -> None:
     print(dict(sorted(counts.items())))
     for transition in ("allocated", "refused", "freed", "free refused", "emptied"):
         assert counts[transition], f"{transition} never happened"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), max_size=25), st.randoms(use_true_random=False))
+def test_what_was_allocated_is_adopted_after_a_restart(steps: list[tuple[int, int]], dice: Random) -> None:
+    """All slots of each class, given to a new pool in any order, are taken again: nothing is lost but short runs."""
+    sizes = [4096, 12 * 1024, 100 * 1024, 700 * 1024]
+    old, new = SlotPool(8 << 20, 256 << 10), SlotPool(8 << 20, 256 << 10)
+    held: dict[int, list[int]] = {number: [] for number in range(4)}
+    for pool in (old, new):
+        for size in sizes:
+            pool.slot_class(size)
+    for number, count in steps:
+        slots = old.allocate(number, count)
+        if slots is not None:
+            held[number] += slots.tolist()
+            gone = dice.sample(held[number], len(held[number]) // 3)
+            old.free(np.array(gone, np.int64))
+            held[number] = [slot for slot in held[number] if slot not in gone]
+    lost = 0
+    for number in range(4):  # shorter runs first
+        slots = np.array(dice.sample(held[number], len(held[number])), np.int64)
+        taken = new.adopt(slots, number)
+        lost += int((~taken).sum())
+        assert new.allocated(number) == taken.sum()
+        assert not new.adopt(slots[taken], number).any(), "once only"
+    assert not lost
+    assert new.used_bytes == old.used_bytes
+    for number in range(4):
+        new.free(np.array(held[number], np.int64))
+    assert new.used_bytes == 0
+    assert [new.available(number) for number in range(4)] == [new.capacity(number) for number in range(4)]
+
+
+def test_adopt_refuses_what_cannot_be() -> None:
+    pool = SlotPool(4 << 20, 256 << 10)
+    small, large = pool.slot_class(8192), pool.slot_class(100 * 1024)
+    assert pool.adopt(np.array([0, 2, 1, -2, 1 << 40, 1022, 1024, 0]), small).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert not pool.adopt(np.array([0, 25]), large).any(), "another class's run"
+    assert pool.extents(large) == 0
+    assert len(pool.adopt(np.zeros(0, np.int64), small)) == 0
