@@ -10,26 +10,63 @@ backend's name and whose value is a module (or object) with a pluggy hook::
 
 **What the framework guarantees**
 
-- ``open`` is called once, before anything else, and ``close`` once, after the last call has returned or
-  been abandoned.
-- A backend lives in a process of its own (unless ``isolation: none``); it may block, crash or leak there.
-- A block is opaque bytes in the host region: ``lengths[i]`` bytes from ``offsets[i]``. Both are multiples
-  of `PAGE` bytes, so the same bytes serve ``O_DIRECT``, RDMA registration and HTTP. Nobody else writes
-  those bytes until the call has returned; if the call never returns, until the process is dead.
-- The core has sealed the block before ``write`` and verifies the seal after ``read``: a backend cannot
-  return wrong bytes unnoticed, only lose blocks.
-- A (key, group) is only ever written with one content. No batch names one block twice.
-- At most ``capabilities.concurrency`` calls at a time, at most ``capabilities.max_batch_blocks`` blocks a call.
+- *Life.* ``open`` is called once, before anything else; ``close`` once, after the last call has been made. A
+  backend is not opened again after ``close`` or after an ``open`` that raised: a new one is made.
+- *Process.* A backend lives in a process of its own (unless ``isolation: none``), on Linux, with no engine's code
+  beside it; it may block, crash or leak there. stdout is stderr in it: a ``print`` reaches no engine's output. SIGINT is
+  ignored. When its parent dies, it is killed.
+- *Threads.* ``open``, ``close`` and the calls come from different threads. At most ``capabilities.concurrency`` calls of
+  ``read``, ``write``, ``probe``, ``delete`` and ``list`` run at a time, each on one thread until it returns.
+- *Batches.* 1 to ``capabilities.max_batch_blocks`` blocks a call. No batch names one (key, group), one place in the
+  host region or one slot twice. Its arrays are read-only and C-contiguous, and are the call's alone: keep a copy of what is to
+  outlive it.
+- *Places.* A block is opaque bytes in the host region: ``lengths[i]`` bytes from ``offsets[i]``. Both are multiples of
+  `PAGE`, and the region starts on a page, so the same bytes serve ``O_DIRECT``, RDMA registration and HTTP. A length
+  is at least 2 pages (payload and seal); one batch may mix lengths; offsets are in no order. Until the call has returned, nobody else
+  writes those bytes, and for a read nobody looks at them; if the call never returns, until the process is dead.
+- *Content.* The core has sealed the block before ``write`` and verifies the seal after ``read``: a backend cannot
+  return wrong bytes unnoticed, only lose blocks. A (key, group) is only ever written with one content and one length.
+- *Order.* Writes of one (key, group) are never concurrent with each other or with its ``delete``; nor are those of one slot.
+  A read of a block that is being written or deleted may come at any time, and may be answered MISSING or FAILED.
+- *Slots* (slot-addressed): within ``OpenContext.capacity``, never overlapping for blocks that are held. A slot is written again
+  without a word when its block was evicted.
+- *Deadlines.* A call that exceeds the tier's deadline (``deadline``, 10 s by default), or an ``open`` or ``list`` that exceeds the
+  opening deadline (60 s), gets the process killed and restarted with back-off. ``close`` is given a few seconds, then
+  the process is killed. So whatever `close` does for tidiness may be left undone at any time.
 
 **What the author owes**
 
-- One `Status` a block, in the batch's order, and never more than one answer.
-- OK for a write only when all its bytes would be returned by a read that starts later; in a persistent
-  backend, also by one after the process is killed. A short read or write is FAILED, not OK.
-- MISSING for a read of what the backend does not hold. FAILED for what it could not do; raising is the same
-  as FAILED for the whole batch.
-- Writes touch nothing outside the batch's offsets; reads write nothing outside them.
-- Not blocking for ever. A call that exceeds the tier's deadline gets the process killed and restarted.
+- *Answers.* One `Status` a block, in the batch's order. Raising is the same as FAILED for the whole batch.
+- *OK for a read* only when all ``lengths[i]`` bytes have been put in their place. OK for less is never right, also
+  when the stored block is shorter or was cut short.
+- *OK for a write* only when all its bytes would be returned by a read that starts later; in a persistent
+  backend, also by one after the process is killed with SIGKILL. (After a power loss too if it says so.) The source's bytes
+  are not looked at after the call has returned.
+- *MISSING* for a read of what the backend does not hold (key-addressed; a slot that was never written may be anything). *FAILED*
+  for what it could not do now: an error of the medium, a short read or write, no room. FAILED promises nothing: the block may
+  be held afterwards or not, but it must not be half held.
+- *A kill* in the middle of a write leaves the whole block, the block that was there before, or none; key-addressed backends owe this by
+  themselves, in slots the seal tells.
+- *Only what was asked.* Reads write nothing outside the batch's places, not even after they have returned; writes, probes and deletes
+  write nothing in the host region. Other blocks on the medium stay as they are.
+- *A full medium* is FAILED for the new block; no block that is held gives way, unless the backend is ``shared`` and says how it is bounded.
+- *Being called by threads*, up to the ``concurrency`` that it claims.
+- *Not blocking for ever*, and no retrying behind the core's back for longer than a call may take: a quick FAILED costs a recompute, a
+  late OK costs more. Set explicit timeouts in every client library.
+- *Close* returns promptly, also while calls are in flight: those may be let finish within a second or answered FAILED. It leaves the
+  medium so that it can be opened again.
+- *One user a medium*, where two would harm each other: take a `DirectoryLock`, which names its holder.
+- *Nothing executed, nothing leaked.* No pickle; files 0600, directories 0700; no secret in a log record, ``repr`` or exception.
+
+`flexkv_core.testing.BackendConformance` checks each of these that can be seen from outside.
+
+**Versions.** `CONTRACT_VERSION` is one number. It stays when something is added that an existing backend need not know: an optional
+power (found by its methods), a field of `Capabilities` or `BackendSpec` with a default that keeps the old behaviour, a field of
+`OpenContext`, `Batch` or `Recovered` at the end, a guarantee of the framework, a helper. It grows when an existing backend would break: a new duty, a
+method that must exist, a changed meaning, a withdrawn guarantee. From version 2 on, a release speaks the newest version and the one before
+for at least two minor releases and a year, says so in a warning when an older one is loaded, and never guesses: a version that it
+does not speak is refused at load with the fix. Deprecated names keep working, with a DeprecationWarning, until the version that
+deprecated them is no longer spoken. While the version is 1, what it means is what this file says.
 """
 
 from __future__ import annotations
@@ -61,11 +98,13 @@ __all__ = [
     "DirectoryLock",
     "Listing",
     "OpenContext",
+    "Recovered",
     "Seals",
     "Status",
     "SupportsDelete",
     "SupportsList",
     "SupportsProbe",
+    "SupportsRecover",
     "find_seals",
     "hookimpl",
     "listing",
@@ -126,6 +165,32 @@ def listing(keys: bytes, groups: Sequence[int], lengths: Sequence[int]) -> Listi
 
 
 @dataclass(frozen=True, slots=True)
+class Recovered:
+    """Blocks that a slot-addressed backend still has after a restart; arrays of length n.
+
+    Attributes:
+        namespaces: (n, 32) uint8, the roots of the namespaces that the blocks belong to.
+        keys: (n, 32) uint8, block keys.
+        parents: (n, 32) uint8, the key before each; of a first block, the namespace's root.
+        depths: (n,) int64, how many blocks come before each in its prefix.
+        groups: (n,) uint8, KV group numbers.
+        lengths: (n,) int64, bytes, seal included.
+        slots: (n,) int64, byte offset in the tier divided by `PAGE`.
+    """
+
+    namespaces: npt.NDArray[np.uint8]
+    keys: npt.NDArray[np.uint8]
+    parents: npt.NDArray[np.uint8]
+    depths: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a backend is and how the core may call it.
 
@@ -134,6 +199,7 @@ class Capabilities:
             "key": the backend stores by (key, group).
         persistent: blocks survive the end of the process.
         shared: others read and write the same medium; the core then bounds nothing and probes.
+        alignment: bytes that slots and lengths are multiples of; at most `PAGE` is what the core gives today.
         concurrency: how many calls may run at a time, each in a thread of its own.
         max_batch_blocks: how many blocks one call may carry.
     """
@@ -184,7 +250,11 @@ class Backend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release everything. Must return promptly, also when calls are still in flight."""
+        """Release everything: threads, descriptors, connections, locks. Called once, from any thread.
+
+        Must return promptly, also when calls are still in flight; those may fail. The process ends afterwards,
+        or, with `isolation: none`, goes on without it.
+        """
 
 
 @runtime_checkable
@@ -192,7 +262,10 @@ class SupportsProbe(Protocol):
     """Key-addressed backends that can say what they hold without moving bytes."""
 
     def probe(self, batch: Batch) -> int:
-        """Return how many leading blocks of the batch are held. Offsets and lengths are zero."""
+        """Return how many leading blocks of the batch are held: the number before the first that is not.
+
+        Never more than a read would bring, now and if nothing happens. Offsets and lengths are zero.
+        """
 
 
 @runtime_checkable
@@ -200,15 +273,33 @@ class SupportsDelete(Protocol):
     """Key-addressed backends whose capacity the core bounds."""
 
     def delete(self, batch: Batch) -> Sequence[Status]:
-        """Forget blocks; OK also for what is not there. Offsets are zero."""
+        """Forget blocks and give their room back; OK also for what is not there. Offsets and lengths are zero.
+
+        After OK a read is MISSING, and a probe or a list does not say otherwise; also after a restart.
+        """
 
 
 @runtime_checkable
 class SupportsList(Protocol):
-    """Key-addressed backends that can enumerate what they hold; called once after `open`."""
+    """Key-addressed backends that can enumerate what they hold; called after `open`, and whenever the core asks."""
 
     def list(self) -> Iterator[Listing]:
-        """Yield all blocks in pieces of any size, least recently written first where the medium knows."""
+        """Yield all blocks in pieces of any size, least recently written first where the medium knows.
+
+        Every block that is held, once, with its length. What is written or deleted meanwhile may be in it or not.
+        """
+
+
+@runtime_checkable
+class SupportsRecover(Protocol):
+    """Persistent slot-addressed backends that can say what survived; called once after `open`, before other calls."""
+
+    def recover(self) -> Iterator[Recovered]:
+        """Yield all blocks that were written OK and whose slots were not written since, in pieces of any size.
+
+        Nothing else: a slot that was being written when the process ended is left out, as is one that holds
+        no whole block. The core verifies each block again when it is read.
+        """
 
 
 class BackendConfig(BaseModel):
