@@ -199,6 +199,11 @@ class Ledger:
         assert pool is not None
         while count:
             numbers = tier.slots_to_evict(slot_class, model.groups[group].slot_bytes, count)
+            if numbers[-1] > 0 and tier.unclaimed:  # what survived of a model that nobody uses any more
+                for part in tier.unclaimed.pop(next(iter(tier.unclaimed))):
+                    pool.free(part.slots)
+                    tier.counters.evicted_blocks += len(part)
+                continue
             if numbers[-1] > 0 and tier.presses(slot_class):
                 runs_wanted = min(4, max(1, pool.extents(slot_class) // 8))  # each looks at every copy
                 if sum(self._take_room(tier, slot_class) for _ in range(runs_wanted)):
@@ -317,6 +322,7 @@ class Ledger:
         elif tier.pool is not None and tier.column is not None:
             self.index.drop_tier(tier.column)
             tier.pool.clear()
+            tier.unclaimed.clear()
             self._drop_forgotten(list(self._retired))
 
     # ---------------------------------------------------------------- pins

@@ -20,6 +20,7 @@ from flexkv_core.layout import KVGroup
 from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, monotonic_microseconds
 from flexkv_core.pins import PinBudget, pin_costs
 from flexkv_core.plans import HOST, Deletion, FetchPlan, Move, Outcome, StorePlan
+from flexkv_core.recovery import Recovery
 from flexkv_core.tier_book import TierBook
 from flexkv_core.write_through import WriteThrough
 
@@ -34,7 +35,7 @@ class Planner:
         pin_budget_bytes: what all fetches together may keep pinned in host memory; None: no bound.
 
     Attributes:
-        down: what sinks to the lower tiers.
+        down: what sinks to the lower tiers. recovery: what survived in them.
         refused_blocks: of stores, for want of room.
         truncated_fetches: prefixes that were cut to the budget of pins.
     """
@@ -51,6 +52,7 @@ class Planner:
         self.index = index
         self.tiers = self._ledger.tiers
         self.down = WriteThrough(self._ledger)
+        self.recovery = Recovery(self._ledger)
         self.refused_blocks = 0
         self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()
@@ -61,6 +63,7 @@ class Planner:
     def add_model(self, root: bytes, groups: Sequence[KVGroup]) -> None:
         """Make known a namespace and its slot classes. Raises LayoutError if a block does not fit in some tier."""
         self._ledger.add_model(root, groups)
+        self.recovery.claim(root)
 
     def retire(self, root: bytes) -> None:
         """End an epoch: nothing of it matches or commits any more; O(1)."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.backend import PAGE, Batch, Listing, Status
+from flexkv_core.backend import PAGE, Batch, Listing, Recovered, Status
 from flexkv_core.planner import Planner
 from flexkv_core.plans import Deletion, FetchPlan, Move, Outcome
 from flexkv_core.region import HostRegion
@@ -49,6 +49,7 @@ class TierQueue:
         queued_bytes: how many are.
         in_flight: calls that the tier has not answered; in_flight_bytes: what they move.
         most_in_flight: bytes that calls under way may move; a single call may exceed it.
+        recovering: the tier is saying what survived a restart; nothing else is asked of it. recovered: it has.
         settling: reads that came back and are being verified.
     """
 
@@ -62,6 +63,8 @@ class TierQueue:
     queued_bytes: int = 0
     in_flight: int = 0
     in_flight_bytes: int = 0
+    recovering: bool = False
+    recovered: bool = False
     settling: int = 0
 
     @property
@@ -181,6 +184,7 @@ class Scheduler:
             return
         if link.state == "ready":
             self._list(queue)
+            self._recover(queue)
             self._pump(queue)
         elif link.state == "backoff":
             logger.warning("tier %s is away: %s", self._planner.tiers[number].name, link.last_error)
@@ -203,6 +207,24 @@ class Scheduler:
         with self._lock:
             self._planner.down.begin_listing(queue.number)
         queue.link.list(piece, lambda complete: None)
+
+    def _recover(self, queue: TierQueue) -> None:
+        """Ask a slot-addressed tier, once, for what it holds; its slots cannot be given out before."""
+        if "recover" not in queue.link.powers or self._planner.tiers[queue.number].pool is None or queue.recovered:
+            return
+
+        def piece(found: Recovered) -> None:
+            with self._lock:
+                self._planner.recovery.add(queue.number, found)
+
+        def end(complete: bool) -> None:
+            queue.recovering = False
+            queue.recovered = complete
+            self._pump(queue)
+            self._wake_idle()
+
+        queue.recovering = True
+        queue.link.recover(piece, end)
 
     def _abandon(self, queue: TierQueue) -> None:
         """Give up all that is queued and not started."""
@@ -287,6 +309,8 @@ class Scheduler:
 
     def _pump(self, queue: TierQueue) -> None:
         """Start as many calls as the tier takes: reads first, then prefetches, then writes."""
+        if queue.recovering:
+            return
         capabilities = queue.link.capabilities
         concurrency = capabilities.concurrency if capabilities else 1
         size = capabilities.max_batch_blocks if capabilities else DEFAULT_BATCH_BLOCKS

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from flexkv_core.backend import Recovered
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.admission import GuardedAdmission
 from flexkv_core.pool import SlotPool
@@ -22,6 +23,7 @@ class TierCounters:
 
     hit_blocks: int = 0
     stored_blocks: int = 0
+    recovered_blocks: int = 0
     evicted_blocks: int = 0
     rejected_blocks: int = 0
     bytes_read: int = 0
@@ -43,6 +45,7 @@ class TierBook:
         admission: what it takes of what it is offered; None: all.
         queued: (key, group) of blocks on their way down.
         turnover: slot class -> copies evicted since room last went from one class to another.
+        unclaimed: root -> what survived of a namespace that is not registered (yet), its slots adopted.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
         debris_bytes: corrupt copies there, out of the record but not yet deleted.
         generation: grows when the tier's medium is lost; moves of an older one no longer count.
@@ -63,6 +66,7 @@ class TierBook:
     counters: TierCounters = field(default_factory=TierCounters)
     queued: set[tuple[bytes, int]] = field(default_factory=set)
     turnover: dict[int, int] = field(default_factory=dict)
+    unclaimed: dict[bytes, list[Recovered]] = field(default_factory=dict)
     reserved_bytes: int = 0
     debris_bytes: int = 0
     generation: int = 0

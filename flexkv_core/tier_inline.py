@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from flexkv_core.backend import Batch, Capabilities, Listing, Status
+from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
 from flexkv_core.tier_link import LinkSettings, Operation, State, Statuses
 from flexkv_core.tier_worker import TierWorker
 
@@ -102,17 +102,30 @@ class InlineLink:
 
     def list(self, on_piece: Callable[[Listing], None], on_end: Callable[[bool], None]) -> None:
         """As `TierLink.list`."""
+        self._enumerate(lambda worker: worker.listing(), on_piece, on_end, "a list")
+
+    def recover(self, on_piece: Callable[[Recovered], None], on_end: Callable[[bool], None]) -> None:
+        """As `TierLink.recover`."""
+        self._enumerate(lambda worker: worker.recovered(), on_piece, on_end, "a recovery")
+
+    def _enumerate(
+        self,
+        of: Callable[[TierWorker], Iterable[Any]],
+        on_piece: Callable[[Any], None],
+        on_end: Callable[[bool], None],
+        what: str,
+    ) -> None:
         worker = self._worker
         if worker is None or self.state != "ready":
             self._loop.call_soon(on_end, False)
             return
 
-        def finished(pieces: list[Listing] | None, error: BaseException | None) -> None:
+        def finished(pieces: list[Any] | None, error: BaseException | None) -> None:
             for piece in pieces or []:
                 on_piece(piece)
             on_end(error is None)
 
-        self._run(lambda: list_all(worker), finished, self.settings.open_deadline_s, "a list was not answered in time")
+        self._run(lambda: list(of(worker)), finished, self.settings.open_deadline_s, f"{what} was not answered in time")
 
     async def close(self, deadline_s: float) -> None:
         """Close the backend; returns at the deadline if it does not return before."""
@@ -154,8 +167,3 @@ class InlineLink:
                 self._loop.call_soon_threadsafe(settle, result, error)
 
         threading.Thread(target=run, name=f"flexkv-{self.settings.name}", daemon=True).start()
-
-
-def list_all(worker: TierWorker) -> list[Listing]:
-    """All pieces of a listing."""
-    return list(worker.listing())

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core import tier_wire as wire
-from flexkv_core.backend import Batch, Capabilities, Listing, Status
+from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
 
 logger = logging.getLogger("flexkv.tier")
 
@@ -73,7 +73,7 @@ class _Pending:
 
     blocks: int
     answer: Callable[[bytes | None], None]
-    piece: Callable[[Listing], None] | None
+    piece: Callable[[wire.Piece], None] | None
     deadline: asyncio.TimerHandle
 
 
@@ -194,13 +194,22 @@ class TierLink:
 
     def list(self, on_piece: Callable[[Listing], None], on_end: Callable[[bool], None]) -> None:
         """Have the tier list what it holds; `on_end` says whether the list was complete."""
+        self._enumerate("list", lambda piece: on_piece(wire.listing_of(piece)), on_end)
+
+    def recover(self, on_piece: Callable[[Recovered], None], on_end: Callable[[bool], None]) -> None:
+        """Have the tier say what survived, and where; `on_end` says whether that was all."""
+        self._enumerate("recover", lambda piece: on_piece(wire.recovered_of(piece)), on_end)
+
+    def _enumerate(
+        self, operation: str, on_piece: Callable[[wire.Piece], None], on_end: Callable[[bool], None]
+    ) -> None:
         nothing = np.zeros(0, np.int64)
         empty = Batch(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), nothing, nothing)
 
         def answer(complete: bytes | None) -> None:
             on_end(complete == b"\x01")
 
-        self._call("list", empty, answer, 1, on_piece)
+        self._call(operation, empty, answer, 1, on_piece)
 
     def _call(
         self,
@@ -208,7 +217,7 @@ class TierLink:
         batch: Batch,
         answer: Callable[[bytes | None], None],
         answer_bytes: int,
-        piece: Callable[[Listing], None] | None = None,
+        piece: Callable[[wire.Piece], None] | None = None,
     ) -> None:
         if self.state != "ready":
             self._loop.call_soon(answer, None)
@@ -281,7 +290,7 @@ class TierLink:
             elif message.last:
                 self._finish(message.number, b"\x01" if message.complete else b"\x00")
             else:
-                pending.piece(wire.listing_of(message))
+                pending.piece(message)
         else:
             pending = self._calls.get(message.number)
             if pending is None:

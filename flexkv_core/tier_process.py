@@ -95,8 +95,8 @@ def _serve(worker: TierWorker, channel: _Channel, messages: Iterator[ToTier]) ->
     """Run calls until the core says close or is gone."""
 
     def run(call: Call) -> None:
-        if call.operation == "list":
-            _list(worker, channel, call.number)
+        if call.operation in ("list", "recover"):
+            _enumerate(worker, channel, call)
             return
         batch = batch_of(call)
         if call.operation == "probe":
@@ -114,16 +114,17 @@ def _serve(worker: TierWorker, channel: _Channel, messages: Iterator[ToTier]) ->
     worker.close()
 
 
-def _list(worker: TierWorker, channel: _Channel, number: int) -> None:
+def _enumerate(worker: TierWorker, channel: _Channel, call: Call) -> None:
+    """Answer a listing or a recovery, piece by piece."""
     complete = False
     try:
-        for listing in worker.listing():
-            for piece in pieces_of(number, listing):
+        for part in worker.listing() if call.operation == "list" else worker.recovered():
+            for piece in pieces_of(call.number, part):
                 channel.send(piece)
         complete = True
     except Exception:
-        logging.getLogger("flexkv.tier").exception("list failed")
-    channel.send(Piece(number, b"", b"", b"", last=True, complete=complete))
+        logging.getLogger("flexkv.tier").exception("%s failed", call.operation)
+    channel.send(Piece(call.number, b"", b"", b"", last=True, complete=complete))
 
 
 def main(socket_fd: int, region_fd: int, parent: int) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.backend import Batch, Listing
+from flexkv_core.backend import Batch, Listing, Recovered
 
 MAX_MESSAGE_BYTES = 64 << 20
 LISTING_PIECE = 1 << 16
@@ -82,7 +82,10 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 
 
 class Piece(msgspec.Struct, tag=True, frozen=True):
-    """Tier to core: part of the answer to a listing; `last` ends it, `complete` says whether it is whole."""
+    """Tier to core: part of the answer to a listing or a recovery; `last` ends it, `complete` says whether it is whole.
+
+    The last four arrays come with recoveries only.
+    """
 
     number: int
     keys: bytes
@@ -90,6 +93,10 @@ class Piece(msgspec.Struct, tag=True, frozen=True):
     lengths: bytes
     last: bool
     complete: bool
+    namespaces: bytes = b""
+    parents: bytes = b""
+    depths: bytes = b""
+    slots: bytes = b""
 
 
 class Log(msgspec.Struct, tag=True, frozen=True):
@@ -183,22 +190,56 @@ def batch_of(message: Call) -> Batch:
     )
 
 
-def pieces_of(number: int, listing: Listing) -> list[Piece]:
-    """A listing as messages of bounded size."""
+def pieces_of(number: int, part: Listing | Recovered) -> list[Piece]:
+    """Part of a listing or a recovery as messages of bounded size."""
+
+    def raw(array: npt.NDArray[Any], dtype: type[np.generic], at: int) -> bytes:
+        return np.ascontiguousarray(array[at : at + LISTING_PIECE], dtype).tobytes()
+
     pieces = []
-    for at in range(0, len(listing.groups), LISTING_PIECE):
-        part = slice(at, at + LISTING_PIECE)
-        keys = np.ascontiguousarray(listing.keys[part], np.uint8).tobytes()
-        groups = np.ascontiguousarray(listing.groups[part], np.uint8).tobytes()
-        lengths = np.ascontiguousarray(listing.lengths[part], np.int64).tobytes()
-        pieces.append(Piece(number, keys, groups, lengths, last=False, complete=False))
+    for at in range(0, len(part.groups), LISTING_PIECE):
+        names: dict[str, bytes] = {}
+        if isinstance(part, Recovered):
+            names = {
+                "namespaces": raw(part.namespaces, np.uint8, at),
+                "parents": raw(part.parents, np.uint8, at),
+                "depths": raw(part.depths, np.int64, at),
+                "slots": raw(part.slots, np.int64, at),
+            }
+        keys, groups = raw(part.keys, np.uint8, at), raw(part.groups, np.uint8, at)
+        lengths = raw(part.lengths, np.int64, at)
+        pieces.append(Piece(number, keys, groups, lengths, last=False, complete=False, **names))
     return pieces
 
 
 def listing_of(piece: Piece) -> Listing:
     """A message as part of a listing. Raises WireError if its arrays are of different lengths."""
     groups = np.frombuffer(piece.groups, np.uint8)
-    if len(piece.keys) != 32 * len(groups) or len(piece.lengths) != 8 * len(groups):
-        raise WireError(f"the arrays of a listing of {len(groups)} blocks have other lengths")
-    lengths: npt.NDArray[np.int64] = np.frombuffer(piece.lengths, np.int64)
-    return Listing(np.frombuffer(piece.keys, np.uint8).reshape(len(groups), 32), groups, lengths)
+    return Listing(_keys(piece.keys, len(groups)), groups, _numbers(piece.lengths, len(groups)))
+
+
+def recovered_of(piece: Piece) -> Recovered:
+    """A message as part of a recovery. Raises WireError if its arrays are of different lengths."""
+    groups = np.frombuffer(piece.groups, np.uint8)
+    count = len(groups)
+    return Recovered(
+        _keys(piece.namespaces, count),
+        _keys(piece.keys, count),
+        _keys(piece.parents, count),
+        _numbers(piece.depths, count),
+        groups,
+        _numbers(piece.lengths, count),
+        _numbers(piece.slots, count),
+    )
+
+
+def _keys(raw: bytes, count: int) -> npt.NDArray[np.uint8]:
+    if len(raw) != 32 * count:
+        raise WireError(f"{len(raw)} bytes of keys for {count} blocks")
+    return np.frombuffer(raw, np.uint8).reshape(count, 32)
+
+
+def _numbers(raw: bytes, count: int) -> npt.NDArray[np.int64]:
+    if len(raw) != 8 * count:
+        raise WireError(f"{len(raw)} bytes of numbers for {count} blocks")
+    return np.frombuffer(raw, np.int64)

@@ -19,13 +19,23 @@ from flexkv_core.backend import (
     Batch,
     Listing,
     OpenContext,
+    Recovered,
     Status,
     SupportsDelete,
     SupportsList,
     SupportsProbe,
+    SupportsRecover,
 )
 from flexkv_core.plugins import load_backend
 from flexkv_core.testing.faults import wrap
+
+POWERS: dict[str, type] = {
+    "probe": SupportsProbe,
+    "delete": SupportsDelete,
+    "list": SupportsList,
+    "recover": SupportsRecover,
+}
+"""Optional powers of backends by the name that the core knows them by."""
 
 
 class TierWorker:
@@ -56,11 +66,7 @@ class TierWorker:
         made.open(OpenContext(host, tuple(slot_bytes), capacity, logger, state_directory))
         self.backend = made
         self.capabilities = made.capabilities
-        self.powers = sorted(
-            name
-            for name, power in (("probe", SupportsProbe), ("delete", SupportsDelete), ("list", SupportsList))
-            if isinstance(made, power)
-        )
+        self.powers = sorted(name for name, power in POWERS.items() if isinstance(made, power))
         self._logger = logger
 
     def run(self, operation: str, batch: Batch) -> npt.NDArray[np.uint8]:
@@ -85,6 +91,11 @@ class TierWorker:
         """What the backend holds; raises what it raises."""
         if isinstance(self.backend, SupportsList):
             yield from self.backend.list()
+
+    def recovered(self) -> Iterator[Recovered]:
+        """What survived in the backend; raises what it raises."""
+        if isinstance(self.backend, SupportsRecover):
+            yield from self.backend.recover()
 
     def close(self) -> None:
         """Close the backend; an exception is logged."""

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what moves where; when; isolation
     ("scheduler",),
     ("planner", "tier_inline", "tier_process"),
-    ("tier_link", "write_through"),
+    ("tier_link", "write_through", "recovery"),
     ("tier_worker", "ledger"),
     ("tier_wire", "plans", "tier_book", "pins"),
     # what is where

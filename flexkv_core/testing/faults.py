@@ -21,10 +21,12 @@ from flexkv_core.backend import (
     Batch,
     Listing,
     OpenContext,
+    Recovered,
     Status,
     SupportsDelete,
     SupportsList,
     SupportsProbe,
+    SupportsRecover,
 )
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -157,6 +159,13 @@ class _Listing:
         yield from self._inner.list()
 
 
+class _Recovering:
+    _inner: Any
+
+    def recover(self) -> Iterator[Recovered]:
+        yield from self._inner.recover()
+
+
 def wrap(backend: Backend, faults: Mapping[str, Any] | FaultConfig) -> Backend:
     """Put faults around a backend; the result has the same optional powers.
 
@@ -164,7 +173,12 @@ def wrap(backend: Backend, faults: Mapping[str, Any] | FaultConfig) -> Backend:
     """
     config = faults if isinstance(faults, FaultConfig) else FaultConfig.model_validate(faults)
     bases: list[type] = [FaultyBackend]
-    powers = ((SupportsProbe, _Probing), (SupportsDelete, _Deleting), (SupportsList, _Listing))
+    powers: tuple[tuple[type, type], ...] = (
+        (SupportsProbe, _Probing),
+        (SupportsDelete, _Deleting),
+        (SupportsList, _Listing),
+        (SupportsRecover, _Recovering),
+    )
     bases += [mixin for power, mixin in powers if isinstance(backend, power)]
     made: Backend = type("FaultyBackend", tuple(bases), {})(backend, config)
     return made
