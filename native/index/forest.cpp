@@ -7,7 +7,8 @@ namespace flexkv::index {
 
 Forest::Forest(Shared& shared, uint32_t groups)
     : shared_(shared), groups_(groups), columns_(groups * shared.tiers),
-      stride_((sizeof(Node) + columns_ * sizeof(Column) + groups * sizeof(GroupState) + 7) / 8 * 8), tiles_(columns_), links_(columns_) {}
+group_bytes_((groups * sizeof(GroupState) + 7) / 8 * 8),
+      stride_(sizeof(Node) + group_bytes_ + columns_ * sizeof(Column)), tiles_(columns_), links_(columns_) {}
 
 Forest::~Forest() {
   for (const auto& space : spaces_) {
@@ -74,21 +75,6 @@ NodeId Forest::find_child(NodeId parent, const uint8_t* wanted) {
     const Node& child = node(id);
     return child.parent == parent && same_key(key_in(child, 0), wanted);
   });
-}
-
-// How many of `count` keys the node's positions begin with. Keys are chained: where one is equal, all before it are.
-uint32_t Forest::common(const Node& here, const uint8_t* keys, uint32_t count) {
-  if (same_key(key_in(here, count - 1), keys + size_t(count - 1) * kKeyBytes)) return count;
-  uint32_t low = 0, high = count - 1;
-  while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    if (same_key(key_in(here, middle), keys + size_t(middle) * kKeyBytes)) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 // The child that was taken last is tried first: it lies in front of its siblings. Not below a top, where there may be

@@ -185,11 +185,14 @@ class Forest {
     return *reinterpret_cast<Node*>(node_chunks_[id / kNodeChunk] + size_t(id % kNodeChunk) * stride_);
   }
   const Node& node(NodeId id) const { return const_cast<Forest*>(this)->node(id); }
-  static Column* columns_of(Node& node) {
-    return reinterpret_cast<Column*>(reinterpret_cast<uint8_t*>(&node) + sizeof(Node));
+  // A node is followed by the states of its groups, then by its columns.
+  Column* columns_of(Node& node) const {
+    return reinterpret_cast<Column*>(reinterpret_cast<uint8_t*>(&node) + sizeof(Node) + group_bytes_);
   }
   Column* columns(NodeId id) { return columns_of(node(id)); }
-  GroupState* groups_of(Node& node) { return reinterpret_cast<GroupState*>(columns_of(node) + columns_); }
+  static GroupState* groups_of(Node& node) {
+    return reinterpret_cast<GroupState*>(reinterpret_cast<uint8_t*>(&node) + sizeof(Node));
+  }
 
   TileId tile_of(const Node& node, uint32_t index) const {
     return node.tile_capacity == 0 ? node.tiles.few[index] : node.tiles.many[index];
@@ -219,7 +222,7 @@ class Forest {
   void unlink(NodeId child);
   void replace_child(NodeId old_child, NodeId new_child);
   NodeId find_child(NodeId parent, const uint8_t* key);
-  uint32_t common(const Node& here, const uint8_t* keys, uint32_t count);
+  [[gnu::always_inline]] uint32_t common(const Node& here, const uint8_t* keys, uint32_t count);
   NodeId new_child(Space& space, NodeId parent, uint32_t start, const uint8_t* keys, uint32_t count);
   void extend(NodeId id, const uint8_t* keys, uint32_t count);
   NodeId split(NodeId id, uint32_t position);
@@ -277,6 +280,7 @@ class Forest {
   Shared& shared_;
   const uint32_t groups_;
   const uint32_t columns_;
+  const size_t group_bytes_;
   const size_t stride_;
   Tiles tiles_;
   KeyMap by_first_key_;
@@ -319,6 +323,21 @@ void Forest::each_below(NodeId top, Act act) {
     if (at == top) return;
     at = node(at).next;
   }
+}
+
+// How many of `count` keys the node's positions begin with. Keys are chained: where one is equal, all before it are.
+inline uint32_t Forest::common(const Node& here, const uint8_t* keys, uint32_t count) {
+  if (same_key(key_in(here, count - 1), keys + size_t(count - 1) * kKeyBytes)) return count;
+  uint32_t low = 0, high = count - 1;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (same_key(key_in(here, middle), keys + size_t(middle) * kKeyBytes)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 // Calls act(node, first, last, base) for each node's part [first, last) of [start, stop) of a path; `base` is the

@@ -78,7 +78,12 @@ void Forest::fill_match(Space&, const Path& path, uint32_t known, uint8_t* tiers
           const uint32_t stop = std::min(all[tier].top, step.count);
           if (stop <= done) continue;
           copy(group * shared_.tiers + tier, done, stop, slot_out + done);
-          std::memset(tier_out + done, int(tier), stop - done);
+          if (stop - done <= 8 && step.base + done + 8 <= known) {  // what is written too much is written again
+            const uint64_t eight = tier * uint64_t(0x0101010101010101);
+            std::memcpy(tier_out + done, &eight, sizeof eight);
+          } else {
+            std::memset(tier_out + done, int(tier), stop - done);
+          }
           done = stop;
         }
       } else {
