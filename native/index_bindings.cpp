@@ -246,22 +246,24 @@ class PyIndex {
     Guard guard(*this);
     translate([&] { index_.count(unsigned_of(tier)); });
     if (count < 0) throw nb::value_error(("count " + std::to_string(count) + ": must be 0 or more").c_str());
-    EvictedRows rows;
+    if (uint64_t(count) > index_.count(uint32_t(tier))) return nb::none();
+    Gone gone(*this, count);
     bool done = false;
-    translate([&] { done = index_.evict(uint32_t(tier), uint64_t(count), unsigned_of(slot_class), rows); });
-    return done ? gone(rows) : nb::none();
+    translate([&] { done = index_.evict(uint32_t(tier), uint64_t(count), unsigned_of(slot_class), gone.rows); });
+    return done ? named(evicted_, gone.arrays) : nb::none();
   }
 
   nb::object evict_range(int64_t tier, int64_t start, int64_t stop, int64_t count) {
     Guard guard(*this);
-    EvictedRows rows;
+    translate([&] { index_.count(unsigned_of(tier)); });
+    if (count < 0 || uint64_t(count) > index_.count(uint32_t(tier))) return nb::none();
+    Gone gone(*this, count);
     bool done = false;
     translate([&] {
-      index_.check_tier(unsigned_of(tier));
-      done = count >= 0 && index_.evict_range(uint32_t(tier), uint64_t(std::max<int64_t>(start, 0)),
-                                              uint64_t(std::max<int64_t>(stop, 0)), uint64_t(count), rows);
+      done = index_.evict_range(uint32_t(tier), uint64_t(std::max<int64_t>(start, 0)),
+                                uint64_t(std::max<int64_t>(stop, 0)), uint64_t(count), gone.rows);
     });
-    return done ? gone(rows) : nb::none();
+    return done ? named(evicted_, gone.arrays) : nb::none();
   }
 
   nb::object recover(nb::handle root, int64_t tier, int64_t group, nb::object keys, nb::object parents,
@@ -397,6 +399,20 @@ class PyIndex {
     View view_;
   };
 
+  struct Gone {  // arrays for what an eviction returns
+    Gone(const PyIndex& owner, int64_t count) {
+      const NumPy& numpy = owner.numpy_;
+      nb::object shape = nb::make_tuple(count, kKeyBytes);
+      nb::object roots = numpy.empty(shape, numpy.uint8), keys = numpy.empty(shape, numpy.uint8);
+      nb::object groups = numpy.empty(count, numpy.uint8), slots = numpy.empty(count, numpy.int64);
+      rows = {NumPy::data<uint8_t>(roots), NumPy::data<uint8_t>(keys), NumPy::data<uint8_t>(groups),
+              NumPy::data<int64_t>(slots)};
+      arrays = nb::make_tuple(roots, keys, groups, slots);
+    }
+    EvictedRows rows;
+    nb::object arrays;
+  };
+
   std::vector<Policy> made(const std::vector<PolicyArguments>& policies) {
     static const std::pair<const char*, Policy::Kind> kKinds[] = {
         {"lru", Policy::Kind::kLru},   {"lfu", Policy::Kind::kLfu},   {"slru", Policy::Kind::kSlru},
@@ -467,12 +483,6 @@ class PyIndex {
     translate([&] {
       (index_.*change)(tree, view.data(), uint32_t(tier), uint32_t(group), uint32_t(start), uint32_t(stop));
     });
-  }
-
-  nb::object gone(const EvictedRows& rows) const {
-    return named(evicted_, nb::make_tuple(numpy_.copy(rows.roots, numpy_.uint8, kKeyBytes),
-                                          numpy_.copy(rows.keys, numpy_.uint8, kKeyBytes),
-                                          numpy_.copy(rows.groups, numpy_.uint8), numpy_.copy(rows.slots, numpy_.int64)));
   }
 
   // An instance of a named tuple, without its Python constructor.

@@ -19,9 +19,8 @@ class Ghost {
     return true;
   }
 
-  // `word`: the key's first 8 bytes. A block that is known keeps its place.
+  // `word`: the key's first 8 bytes. The block is not known: it was taken when it came in.
   void add(uint64_t word, uint32_t group) {
-    if (find(word, group) != kNone) return;
     if (next_ == kNone) *this = Ghost();  // after four thousand million entries
     numbers_.insert(reinterpret_cast<const uint8_t*>(&word), next_++);
     entries_.push_back({word, group});

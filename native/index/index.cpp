@@ -283,7 +283,7 @@ void Index::undo() {
   }
 }
 
-bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRows& rows) {
+bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, const EvictedRows& rows) {
   check_tier(tier);
   const auto found = contests_.find({tier, slot_class});
   if (count == 0) return true;
@@ -314,17 +314,17 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRow
     tick_ = tick;
     return false;
   }
-  finish(count, rows);
+  finish(rows);
   if (ghosts_[tier]) {
     for (const Step& step : steps_) {
-      if (step.ghost) ghosts_[tier]->add(key_word(&rows.keys[step.row * kKeyBytes]), step.column / shared_.tiers);
+      if (step.ghost) ghosts_[tier]->add(key_word(rows.keys + step.row * kKeyBytes), step.column / shared_.tiers);
     }
     ghosts_[tier]->shrink(copies);
   }
   return true;
 }
 
-bool Index::evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, EvictedRows& rows) {
+bool Index::evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, const EvictedRows& rows) {
   check_tier(tier);
   steps_.clear();
   std::vector<std::pair<Forest*, Forest::Held>> found;
@@ -338,22 +338,18 @@ bool Index::evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t c
     const uint64_t slot = forest->detach(each.node, each.column, each.position);
     steps_.push_back({forest, each.node, each.column, each.position, slot, State{}, false, 0});
   }
-  finish(count, rows);
+  finish(rows);
   return true;
 }
 
 // Says what has gone, and takes positions and namespaces that nothing holds any more away.
-void Index::finish(uint64_t count, EvictedRows& rows) {
-  rows.roots.resize(count * kKeyBytes);
-  rows.keys.resize(count * kKeyBytes);
-  rows.groups.resize(count);
-  rows.slots.resize(count);
+void Index::finish(const EvictedRows& rows) {
   size_t row = 0;
   for (Step& step : steps_) {
     if (step.slot == kEmpty) continue;
     const uint8_t* name = step.forest->key(step.node, step.position);
-    std::memcpy(&rows.roots[row * kKeyBytes], step.forest->space_of(step.node).root, kKeyBytes);
-    std::memcpy(&rows.keys[row * kKeyBytes], name, kKeyBytes);
+    std::memcpy(rows.roots + row * kKeyBytes, step.forest->space_of(step.node).root, kKeyBytes);
+    std::memcpy(rows.keys + row * kKeyBytes, name, kKeyBytes);
     rows.groups[row] = uint8_t(step.column / shared_.tiers);
     rows.slots[row] = int64_t(step.slot);
     step.row = row++;

@@ -8,9 +8,9 @@
 
 namespace flexkv::index {
 
-struct EvictedRows {
-  std::vector<uint8_t> roots, keys, groups;
-  std::vector<int64_t> slots;
+struct EvictedRows {  // arrays that the caller has made, of as many rows as are to go
+  uint8_t *roots, *keys, *groups;
+  int64_t* slots;
 };
 
 struct Statistics {
@@ -62,8 +62,8 @@ class Index {
   void pin(Tree tree, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop);
   void unpin(Tree tree, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
              uint32_t stop);
-  bool evict(uint32_t tier, uint64_t count, uint32_t slot_class, EvictedRows& rows);
-  bool evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, EvictedRows& rows);
+  bool evict(uint32_t tier, uint64_t count, uint32_t slot_class, const EvictedRows& rows);
+  bool evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t count, const EvictedRows& rows);
   void recover(Tree tree, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,
                const uint8_t* parents, const int64_t* depths, const int64_t* slots, uint8_t* taken);
   void end_recovery();
@@ -91,7 +91,7 @@ class Index {
   Queue* choose(Contest& contest, uint32_t tier);
   bool second_chance(Queue& queue, NodeId node, Contest& contest);
   void undo();
-  void finish(uint64_t count, EvictedRows& rows);
+  void finish(const EvictedRows& rows);
 
   Shared shared_;
   uint64_t tick_ = 0;

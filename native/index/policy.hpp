@@ -61,6 +61,9 @@ struct Policy {
     return state;
   }
 
+  // Whether a hit may move a copy in the order.
+  bool moves_on_hit() const { return kind != Kind::kFifo && kind != Kind::kFilo && kind != Kind::kS3Fifo; }
+
   // First what counts before the tick (below 2^30), then what takes the tick's place.
   uint32_t primary(State state) const {
     if (kind == Kind::kLfu) return state.aux;

@@ -236,6 +236,7 @@ void Forest::set_hole(NodeId id, uint32_t group, uint32_t hole) {
 
 // Tells the nodes below whether a hole lies above them.
 void Forest::spread_stranded(NodeId top, uint32_t group) {
+  if (node(top).first_child == kNone) return;
   std::vector<NodeId> waiting{top};
   while (!waiting.empty()) {
     const NodeId parent = waiting.back();
@@ -390,7 +391,10 @@ void Forest::touch(Space&, const Path& path, uint64_t now) {
     for (uint32_t number = 0; number < columns_; ++number) {
       if (all[number].held == 0) continue;
       touch_column(step.node, number, step.count, now);
-      if (all[number].top <= step.count && !links_[number][step.node].absent()) refresh(step.node, number);
+      if (all[number].top <= step.count && !links_[number][step.node].absent() &&
+          shared_.policies[number % shared_.tiers].moves_on_hit()) {
+        refresh(step.node, number);
+      }
     }
   }
 }
