@@ -275,36 +275,39 @@ def memory(rows: Benchmark) -> None:
 
 @bench.part
 def rebuild(rows: Benchmark) -> None:
+    """In order of prefixes, as a medium lists what was written in turn, and shuffled; at once, and in pieces."""
     sequences, length = 500, 1000
-    keys = random_keys(sequences * length).reshape(sequences, length, 32)
+    blocks = sequences * length
+    keys = random_keys(blocks).reshape(sequences, length, 32)
     parents = np.concatenate([np.broadcast_to(np.frombuffer(ROOT, np.uint8), (sequences, 1, 32)), keys[:, :-1]], axis=1)
     depths = np.broadcast_to(np.arange(length), (sequences, length))
-    order = RANDOM.permutation(sequences * length)
-    flat = [np.ascontiguousarray(a.reshape(sequences * length, -1)[order]) for a in (keys, parents)]
-    depth = np.ascontiguousarray(depths.reshape(-1)[order])
 
-    def run(kind: Callable[..., Any], count: int) -> float:
-        """Seconds for 500,000 blocks, shuffled, in pieces of 65,536."""
+    def run(kind: Callable[..., Any], order: np.ndarray, piece: int) -> float:
+        """Seconds, scaled to all blocks."""
+        columns = [np.ascontiguousarray(a.reshape(blocks, -1)[order]) for a in (keys, parents, depths)]
         index = new_index(kind)
         start = time.perf_counter()
-        for at in range(0, count, 1 << 16):
-            part = slice(at, min(at + (1 << 16), count))
-            index.recover(ROOT, 0, 0, flat[0][part], flat[1][part], depth[part], np.arange(part.start, part.stop))
+        for at in range(0, len(order), piece):
+            part = slice(at, min(at + piece, len(order)))
+            slots = np.arange(part.start, part.stop)
+            index.recover(ROOT, 0, 0, columns[0][part], columns[1][part], columns[2][part, 0], slots)
         index.end_recovery()
         took = time.perf_counter() - start
-        if count == len(depth):
-            assert index.count(0) == count
+        if len(order) == blocks:
+            assert index.count(0) == blocks
             assert index.statistics()["orphans"] == 0
-        return took * len(depth) / count
+        return took * blocks / len(order)
 
-    rows.compare(
-        "bulk rebuild",
-        {"blocks": len(depth), "wanted_s": 0.5},
-        "s",
-        lambda: run(NativeIndex, len(depth)),
-        REFERENCE + ", 20,000 blocks, scaled",
-        lambda: run(ReferenceIndex, 20_000),
-    )
+    for name, order in (("by prefix", np.arange(blocks)), ("shuffled", RANDOM.permutation(blocks))):
+        for pieces in (1, 8):
+            rows.compare(
+                "bulk rebuild",
+                {"blocks": blocks, "order": name, "pieces": pieces, "wanted_s": 0.5},
+                "s",
+                lambda: run(NativeIndex, order, -(-blocks // pieces)),
+                REFERENCE + ", 20,000 blocks, scaled",
+                lambda: run(ReferenceIndex, order[:20_000], 20_000),
+            )
 
 
 # ---------------------------------------------------------------- a whole trace
