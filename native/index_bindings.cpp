@@ -6,12 +6,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
-#include <mutex>
 #include <optional>
-#include <thread>
 
 #include "bindings.hpp"
+#include "index/gate.hpp"
 #include "index/index.hpp"
 
 namespace nb = nanobind;
@@ -32,7 +30,7 @@ std::string name_of_type(nb::handle object) { return Py_TYPE(object.ptr())->tp_n
 // A third party's policy. An exception counts as 0, or as no change, and is reported.
 class PythonPolicy final : public CustomPolicy {
  public:
-  PythonPolicy(nb::object policy, std::atomic<std::thread::id>& running) : policy_(policy), running_(running) {}
+  explicit PythonPolicy(nb::object policy) : policy_(policy) {}
 
   int64_t insert(int64_t now) override {
     return ask(0, [&] { return policy_.attr("insert")(now); });
@@ -47,7 +45,6 @@ class PythonPolicy final : public CustomPolicy {
  private:
   template <class Call>
   int64_t ask(int64_t otherwise, Call call) {
-    running_ = std::this_thread::get_id();
     try {
       nb::object answer = nb::steal(PyNumber_Index(call().ptr()));
       const long long value = answer.is_valid() ? PyLong_AsLongLong(answer.ptr()) : 0;
@@ -57,23 +54,24 @@ class PythonPolicy final : public CustomPolicy {
       error.restore();
       PyErr_WriteUnraisable(policy_.ptr());
     }
-    running_ = std::thread::id();
     return otherwise;
   }
 
   nb::object policy_;
-  std::atomic<std::thread::id>& running_;
 };
 
 // A read-only look at an array's bytes, one element behind the other.
 class View {
  public:
-  // `contiguous` makes a copy of an array whose elements do not lie so.
-  View(nb::handle array, nb::handle contiguous) {
+  // `copied` makes a copy of an array whose elements do not lie so, or not at addresses for their type. Of an array of a
+  // dtype that is no plain number, nothing is seen.
+  View(nb::handle array, nb::handle copied) {
     look(array);
-    if (PyBuffer_IsContiguous(&view_, 'C') != 0) return;
+    const bool aligned = view_.itemsize == 0 || reinterpret_cast<uintptr_t>(view_.buf) % size_t(view_.itemsize) == 0;
+    if (view_.obj == nullptr || view_.len > kMostBytes || (aligned && PyBuffer_IsContiguous(&view_, 'C') != 0)) return;
+    const nb::object copy = copied(array);
     PyBuffer_Release(&view_);
-    look(contiguous(array));
+    look(copy);
   }
   ~View() { PyBuffer_Release(&view_); }
   View(const View&) = delete;
@@ -91,10 +89,14 @@ class View {
   }
 
  private:
+  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(kKeyBytes) << 31;  // more is refused, and so not copied
+
   void look(nb::handle array) {  // keeps the array alive
-    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) != 0) throw nb::python_error();
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) == 0) return;
+    PyErr_Clear();
+    view_ = Py_buffer{};
   }
-  Py_buffer view_;
+  Py_buffer view_{};
 };
 
 struct NumPy {
@@ -102,7 +104,7 @@ struct NumPy {
   nb::object array = module.attr("ndarray");
   nb::object empty = module.attr("empty");
   nb::object zeros = module.attr("zeros");
-  nb::object contiguous = module.attr("ascontiguousarray");
+  nb::object copied = array.attr("copy");  // C-contiguous and aligned
   nb::object uint8 = module.attr("dtype")("uint8");
   nb::object int64 = module.attr("dtype")("int64");
   nb::object boolean = module.attr("dtype")("bool");
@@ -340,24 +342,23 @@ class PyIndex {
  private:
   class Guard {
    public:
-    explicit Guard(PyIndex& owner) : mutex_(owner.mutex_) {
-      if (owner.running_.load() == std::this_thread::get_id()) {
-        raise("StateError", "the index was called by an eviction policy, from within the index");
+    explicit Guard(PyIndex& owner) {
+      try {
+        visit_.emplace(owner.gate_);
+      } catch (const Reentered& error) {
+        raise("StateError", error.what());
       }
-      if (mutex_.try_lock()) return;
-      nb::gil_scoped_release release;
-      mutex_.lock();
+      if (owner.index_.torn()) raise("StateError", "the index failed in the midst of a change, for want of memory: make a new one");
     }
-    ~Guard() { mutex_.unlock(); }
 
    private:
-    std::mutex& mutex_;
+    std::optional<Gate::Visit<nb::gil_scoped_release>> visit_;
   };
 
   class Keys {
    public:
     Keys(const PyIndex& owner, nb::handle keys, const char* name)
-        : view_(checked(owner, keys, name), owner.numpy_.contiguous) {
+        : view_(checked(owner, keys, name), owner.numpy_.copied) {
       if (!view_.holds('B')) raise("KeyTypeError", std::string(name) + " are of another dtype: pass a uint8 array (n, 32)");
       if (view_.dimensions() != 2 || view_.size(1) != Py_ssize_t(kKeyBytes)) {
         raise("KeyInputError", std::string(name) + " have another shape: pass (n, 32)");
@@ -380,7 +381,7 @@ class PyIndex {
   class Integers {
    public:
     Integers(const PyIndex& owner, nb::handle values, uint32_t count, const char* name)
-        : view_(checked(owner, values, count, name), owner.numpy_.contiguous) {
+        : view_(checked(owner, values, count, name), owner.numpy_.copied) {
       if (!view_.holds_int64() || view_.dimensions() != 1 || view_.size(0) != Py_ssize_t(count)) {
         refuse(name, "of another dtype or shape", count);
       }
@@ -428,7 +429,7 @@ class PyIndex {
       policy.reward = reward;
       policy.threshold = threshold;
       if (policy.kind == Policy::Kind::kCustom) {
-        customs_.push_back(std::make_unique<PythonPolicy>(custom, running_));
+        customs_.push_back(std::make_unique<PythonPolicy>(custom));
         policy.custom = customs_.back().get();
       }
       all.push_back(policy);
@@ -506,9 +507,8 @@ class PyIndex {
     }
   }
 
-  std::atomic<std::thread::id> running_{};  // the thread that is in a third party's policy
   std::vector<std::unique_ptr<PythonPolicy>> customs_;
-  std::mutex mutex_;
+  Gate gate_;
   Index index_;
   NumPy numpy_;
   nb::object match_, evicted_, removed_, copies_;

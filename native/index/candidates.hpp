@@ -160,6 +160,7 @@ class Candidates {
   size_t memory_bytes() const { return raw_ == nullptr ? 0 : capacity_ * sizeof(Entry) + kSlack; }
 
  private:
+  friend class Check;
   static constexpr uint32_t kWays = 16;  // few levels: each of the lower ones is a cache miss
   static constexpr size_t kLine = 64;
 
@@ -321,6 +322,7 @@ class Tournament {
   }
 
  private:
+  friend class Check;
   static bool before(Q* a, Q* b) {
     const Order left = a->top_order(), right = b->top_order();
     if (left != right) return left < right;

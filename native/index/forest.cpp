@@ -14,6 +14,7 @@ Forest::~Forest() {
   for (const auto& space : spaces_) {
     if (!space) continue;
     for (NodeId top : {space->top, space->orphans}) {
+      if (top == kNone) continue;  // memory ran out when it was made
       each_below(top, [&](NodeId id) {
         if (node(id).tile_capacity != 0) std::free(node(id).tiles.many);
       });
@@ -43,10 +44,14 @@ Space& Forest::add_space(const uint8_t* root, std::vector<Rule> rules, std::vect
     space.queues.emplace_back(*this, space.root, column, column / shared_.tiers, 0, listed);
     space.queues.emplace_back(*this, space.root, column, column / shared_.tiers, Link::kSecond, listed);
   }
+  take_tops(space);
+  return space;
+}
+
+void Forest::take_tops(Space& space) {
   space.top = take_node(space.number, 0);
   space.orphans = take_node(space.number, 0);
   for (uint32_t group = 0; group < groups_; ++group) groups_of(node(space.orphans))[group].stranded = 1;
-  return space;
 }
 
 void Forest::free_space(Space& space) {
@@ -117,6 +122,8 @@ NodeId Forest::take_node(uint32_t space, uint32_t start) {
     free_node_ = node(id).next;
   } else {
     if (next_node_ == node_chunks_.size() * kNodeChunk) {
+      if (node_chunks_.size() == Link::kEdge / kNodeChunk) throw std::bad_alloc();  // numbers have 31 bits
+      if (node_chunks_.size() == node_chunks_.capacity()) node_chunks_.reserve(2 * node_chunks_.size() + 8);
       void* memory = std::aligned_alloc(64, (kNodeChunk * stride_ + 63) / 64 * 64);
       if (memory == nullptr) throw std::bad_alloc();
       node_chunks_.push_back(static_cast<uint8_t*>(memory));
@@ -160,6 +167,23 @@ void Forest::reserve_tiles(Node& here, uint32_t count) {
   tile_list_bytes_ += (wanted - here.tile_capacity) * sizeof(TileId);
   here.tiles.many = list;
   here.tile_capacity = wanted;
+}
+
+void Forest::shrink_tiles(Node& here, uint32_t count) {
+  TileId* const old = here.tiles.many;
+  tile_list_bytes_ -= here.tile_capacity * sizeof(TileId);
+  if (count <= std::size(here.tiles.few)) {
+    std::copy(old, old + count, here.tiles.few);
+    here.tile_capacity = 0;
+    std::free(old);
+    return;
+  }
+  TileId* list = static_cast<TileId*>(std::realloc(old, size_t(count) * sizeof(TileId)));
+  if (list != nullptr) {
+    here.tiles.many = list;
+    here.tile_capacity = count;
+  }
+  tile_list_bytes_ += here.tile_capacity * sizeof(TileId);
 }
 
 void Forest::assign_tiles(Node& here, const std::vector<TileId>& tiles) {
@@ -493,6 +517,7 @@ bool Forest::trim(NodeId id) {
   }
   space_of(id).positions -= here.length - length;
   here.length = length;
+  if (tiles != 0 && tiles <= here.tile_capacity / 4) shrink_tiles(here, tiles);
   for (uint32_t group = 0; group < groups_; ++group) {
     GroupState& state = groups_of(here)[group];
     if (state.hole != GroupState::kNoHole && state.hole >= length) state.hole = GroupState::kNoHole;
@@ -525,6 +550,26 @@ void Forest::prune(std::vector<NodeId>& dirty) {
     }
   }
   dirty.clear();
+  const size_t tops = 2 * (spaces_.size() - free_spaces_.size());
+  if (nodes_in_use_ == tops && node_chunks_.size() > 2 * (tops / kNodeChunk + 1)) begin_again();
+}
+
+// Nothing is left but the tops of trees: gives the memory of nodes back.
+void Forest::begin_again() {
+  for (uint8_t* chunk : node_chunks_) std::free(chunk);
+  node_chunks_ = {};
+  for (auto& links : links_) links = {};
+  extras_ = {};
+  free_extras_ = {};
+  next_node_ = 0;
+  free_node_ = kNone;
+  nodes_in_use_ = 0;
+  for (const auto& space : spaces_) {
+    if (space) space->top = space->orphans = kNone;
+  }
+  for (const auto& space : spaces_) {
+    if (space) take_tops(*space);
+  }
 }
 
 size_t Forest::memory_bytes() const {

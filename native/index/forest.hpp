@@ -177,7 +177,7 @@ class Forest {
   size_t memory_bytes() const;
 
  private:
-  friend class Recovery;
+  friend class Check;
   static constexpr uint32_t kNodeChunk = 1024;
   static constexpr uint32_t kMergeLimit = 4096;       // blocks that a merge may copy
 
@@ -216,7 +216,10 @@ class Forest {
   // ---- nodes
   NodeId take_node(uint32_t space, uint32_t start);
   void give_node(NodeId id);
+  void take_tops(Space& space);
+  void begin_again();
   void reserve_tiles(Node& node, uint32_t count);
+  void shrink_tiles(Node& node, uint32_t count);
   void assign_tiles(Node& node, const std::vector<TileId>& tiles);
   void hang(NodeId parent, NodeId child);
   void unlink(NodeId child);
@@ -264,6 +267,7 @@ class Forest {
   };
   void add_orphan(Space& space, NodeId id, const uint8_t* parent);
   const uint8_t* parent_key(const Space& space, NodeId id, uint32_t position);
+  bool awaited(const uint8_t* key);
   void join_orphans(Space& space, NodeId id, uint32_t position);
   void rename_orphan(NodeId old_id, NodeId new_id);
   void forget_orphan(Space& space, NodeId id);

@@ -39,6 +39,7 @@ class Ghost {
   size_t memory_bytes() const { return numbers_.memory_bytes() + entries_.size() * sizeof(Entry); }
 
  private:
+  friend class Check;
   struct Entry {
     uint64_t word;
     uint32_t group;  // kNone: void

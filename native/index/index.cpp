@@ -53,6 +53,7 @@ void Index::add_namespace(const Root& root, std::vector<Rule> rules) {
     if (found->second.space->rules == rules) return;
     throw LayoutMismatch("namespace " + short_name(root.data()) + " was added with other groups: use another namespace");
   }
+  Change change(*this);
   std::unique_ptr<Forest>& forest = forests_[rules.size()];
   if (!forest) forest = std::make_unique<Forest>(shared_, uint32_t(rules.size()));
   std::vector<Contest*> contests;
@@ -61,12 +62,15 @@ void Index::add_namespace(const Root& root, std::vector<Rule> rules) {
   }
   Space& space = forest->add_space(root.data(), std::move(rules), std::move(contests));
   spaces_.emplace(root, Tree{forest.get(), &space});
+  change.done();
 }
 
 void Index::retire_namespace(const Root& root) {
   const Tree found = tree(root);
+  Change change(*this);
   if (!found.space->retired) found.forest->retire(*found.space);
   forget_if_over(found);
+  change.done();
 }
 
 void Index::forget_if_over(const Tree& over) {
@@ -150,7 +154,9 @@ Statistics Index::statistics() const {
 void Index::touch(Tree found, const uint8_t* keys, uint32_t count) {
   ++tick_;
   found.forest->walk(*found.space, keys, count, path_);
+  Change change(*this);
   found.forest->touch(*found.space, path_, tick_);
+  change.done();
 }
 
 void Index::insert(Tree found, const uint8_t* keys, uint32_t count, uint32_t tier, uint32_t group,
@@ -164,7 +170,10 @@ void Index::insert(Tree found, const uint8_t* keys, uint32_t count, uint32_t tie
   }
   ++tick_;
   while (count != 0 && slots[count - 1] == kNoSlot) --count;
-  if (count != 0) found.forest->insert(*found.space, keys, count, number, slots, taken, tick_, ghost(tier));
+  if (count == 0) return;
+  Change change(*this);
+  found.forest->insert(*found.space, keys, count, number, slots, taken, tick_, ghost(tier));
+  change.done();
 }
 
 void Index::remove(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start,
@@ -176,16 +185,19 @@ void Index::remove(Tree found, const uint8_t* keys, uint32_t tier, uint32_t grou
     throw ArgumentError("a copy in [" + std::to_string(start) + ", " + std::to_string(stop) + ") of tier " +
                         std::to_string(tier) + " is pinned: unpin it first");
   }
+  Change change(*this);
   found.forest->remove(*found.space, path_, number, start, stop, slots);
   forget_if_over(found);
+  change.done();
 }
 
 Forest::RemovedRows Index::remove_subtree(Tree found, const uint8_t* keys, uint32_t count) {
   Forest::RemovedRows rows;
-  if (!found.forest->remove_subtree(*found.space, keys, count, rows)) {
-    throw ArgumentError("a copy in the subtree is pinned: unpin it first");
-  }
-  forget_if_over(found);
+  Change change(*this);
+  const bool done = found.forest->remove_subtree(*found.space, keys, count, rows);
+  if (done) forget_if_over(found);
+  change.done();
+  if (!done) throw ArgumentError("a copy in the subtree is pinned: unpin it first");
   return rows;
 }
 
@@ -198,7 +210,9 @@ void Index::find_held(Tree found, const uint8_t* keys, uint32_t tier, uint32_t g
 
 void Index::pin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop) {
   find_held(found, keys, tier, group, start, stop);
+  Change change(*this);
   found.forest->pin(path_, column(found, tier, group), start, stop, 1);
+  change.done();
 }
 
 void Index::unpin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group, uint32_t start, uint32_t stop) {
@@ -207,7 +221,9 @@ void Index::unpin(Tree found, const uint8_t* keys, uint32_t tier, uint32_t group
     throw ArgumentError("a copy in [" + std::to_string(start) + ", " + std::to_string(stop) + ") of tier " +
                         std::to_string(tier) + " has no pin to take back");
   }
+  Change change(*this);
   found.forest->pin(path_, column(found, tier, group), start, stop, -1);
+  change.done();
 }
 
 void Index::recover(Tree found, uint32_t tier, uint32_t group, uint32_t count, const uint8_t* keys,
@@ -224,20 +240,26 @@ void Index::recover(Tree found, uint32_t tier, uint32_t group, uint32_t count, c
     }
   }
   if (recovery_tick_ == 0) recovery_tick_ = ++tick_;
+  Change change(*this);
   found.forest->recover(*found.space, number, count, keys, parents, depths, slots, taken, recovery_tick_, ghost(tier));
+  change.done();
 }
 
 void Index::end_recovery() {
   recovery_tick_ = 0;
+  Change change(*this);
   for (auto& [groups, forest] : forests_) forest->end_recovery();
+  change.done();
 }
 
 void Index::drop_tier(uint32_t tier) {
   check_tier(tier);
+  Change change(*this);
   for (auto& [groups, forest] : forests_) forest->drop_tier(tier);
   std::vector<Tree> all;
   for (const auto& [root, found] : spaces_) all.push_back(found);
   for (const Tree& found : all) forget_if_over(found);
+  change.done();
 }
 
 // ---------------------------------------------------------------- eviction
@@ -288,6 +310,7 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, const Evic
   const auto found = contests_.find({tier, slot_class});
   if (count == 0) return true;
   if (found == contests_.end() || found->second.copies < count) return false;
+  Change change(*this);
   Contest& contest = found->second;
   const uint64_t tick = tick_, copies = shared_.counts[tier];
   const bool s3fifo = shared_.policies[tier].kind == Policy::Kind::kS3Fifo;
@@ -312,6 +335,7 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, const Evic
   if (gone < count) {
     undo();
     tick_ = tick;
+    change.done();
     return false;
   }
   finish(rows);
@@ -321,6 +345,7 @@ bool Index::evict(uint32_t tier, uint64_t count, uint32_t slot_class, const Evic
     }
     ghosts_[tier]->shrink(copies);
   }
+  change.done();
   return true;
 }
 
@@ -334,11 +359,13 @@ bool Index::evict_range(uint32_t tier, uint64_t start, uint64_t stop, uint64_t c
     for (const Forest::Held& each : held) found.emplace_back(forest.get(), each);
   }
   if (found.size() != count) return false;
+  Change change(*this);
   for (const auto& [forest, each] : found) {
     const uint64_t slot = forest->detach(each.node, each.column, each.position);
     steps_.push_back({forest, each.node, each.column, each.position, slot, State{}, false, 0});
   }
   finish(rows);
+  change.done();
   return true;
 }
 

@@ -1,5 +1,5 @@
 // The index: all namespaces, the clock, and eviction across them. The meaning of every call is in
-// flexkv_core/index/__init__.py; flexkv_core/index/reference.py is the oracle. Not locked: the bindings do that.
+// flexkv_core/index/__init__.py; flexkv_core/index/reference.py is the oracle. Not locked: whoever calls does that (gate.hpp).
 #pragma once
 #include <array>
 
@@ -72,7 +72,19 @@ class Index {
   Forest::CopyRows copies(Tree tree, uint32_t tier, uint32_t group);
   Statistics statistics() const;
 
+  // Whether a change broke off half-way (std::bad_alloc): nothing but destruction is defined any more.
+  bool torn() const { return torn_; }
+
  private:
+  friend class Check;  // native/tests/index_check.hpp
+  class Change {  // what an exception may not leave half done
+   public:
+    explicit Change(Index& index) : index_(index) { index_.torn_ = true; }
+    void done() { index_.torn_ = false; }
+
+   private:
+    Index& index_;
+  };
   struct Step {  // of an eviction that may have to be undone
     Forest* forest;
     NodeId node;
@@ -103,6 +115,7 @@ class Index {
   Path path_;
   std::vector<Step> steps_;
   std::vector<NodeId> dirty_;
+  bool torn_ = false;
 };
 
 }  // namespace flexkv::index

@@ -71,6 +71,7 @@ class KeyMap {
   }
 
  private:
+  friend class Check;
   static constexpr uint32_t kShards = 1024;
   struct Entry {
     uint32_t tag;

@@ -40,6 +40,13 @@ const uint8_t* Forest::parent_key(const Space& space, NodeId id, uint32_t positi
   return key_in(node(here.parent), node(here.parent).length - 1);
 }
 
+// Whether orphans may wait for a position with this key.
+bool Forest::awaited(const uint8_t* wanted) {
+  return orphans_by_parent_.find(wanted, [&](uint32_t orphan) {
+    return same_key(orphan_parents_.at(orphan).bytes, wanted);
+  }) != kNone;
+}
+
 // A position has come into being: orphans that wait for it become its children. It must be its node's last.
 void Forest::join_orphans(Space& space, NodeId id, uint32_t position) {
   if (space.orphan_count == 0) return;

@@ -359,8 +359,12 @@ void Forest::insert(Space& space, const uint8_t* keys, uint32_t count, uint32_t 
   }
   while (known < count) {
     const uint8_t* rest = keys + size_t(known) * kKeyBytes;
-    // Where an orphan may wait for any of the new positions, they are made one by one.
-    const uint32_t some = space.orphan_count == 0 ? count - known : 1;
+    uint32_t some = count - known;
+    if (space.orphan_count != 0) {  // up to the first of the new positions that an orphan may wait for
+      uint32_t last = 0;
+      while (last + 1 < some && !awaited(rest + size_t(last) * kKeyBytes)) ++last;
+      some = last + 1;
+    }
     NodeId at = scratch_.empty() ? space.top : scratch_.back().node;
     uint32_t start = 0;
     if (!scratch_.empty() && scratch_.back().count < node(at).length) {

@@ -28,7 +28,7 @@ class Tiles {
       tile = free_;
       std::memcpy(&free_, key(tile, 0), sizeof free_);
     } else {
-      if (next_ == chunks_.size() * kChunkTiles) chunks_.push_back(new_chunk());
+      if (next_ == chunks_.size() * kChunkTiles) add_chunk();
       tile = next_++;
     }
     for (uint32_t column = 0; column < columns_; ++column) {
@@ -73,15 +73,18 @@ class Tiles {
   size_t memory_bytes() const { return chunks_.size() * chunk_bytes() + chunks_.capacity() * sizeof(void*); }
 
  private:
+  friend class Check;
   static constexpr size_t kBlocksOfChunk = size_t(kChunkTiles) * kBlocks;
   static constexpr size_t kKeysOfChunk = kBlocksOfChunk * kKeyBytes;
 
   size_t chunk_bytes() const { return kKeysOfChunk + size_t(columns_) * kBlocksOfChunk * 5; }
 
-  uint8_t* new_chunk() {
+  void add_chunk() {
+    if (chunks_.size() == kNone / kChunkTiles) throw std::bad_alloc();  // numbers have 32 bits
+    if (chunks_.size() == chunks_.capacity()) chunks_.reserve(2 * chunks_.size() + 8);
     void* memory = std::aligned_alloc(64, (chunk_bytes() + 63) / 64 * 64);
     if (memory == nullptr) throw std::bad_alloc();
-    return static_cast<uint8_t*>(memory);
+    chunks_.push_back(static_cast<uint8_t*>(memory));
   }
 
   void release() {
