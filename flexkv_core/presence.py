@@ -6,8 +6,8 @@ whether one is there. Slot-addressed tiers have columns in the index instead.
 An entry is a block (32-byte key, group) with its length. Of several blocks in one call, the last counts as used
 first, so that with keys in prefix order a block is never older than its descendants, and leaves go before them.
 
-The record is native (`native/presence.cpp`): about 64 bytes an entry, no object a block, and every operation takes the
-same time a block however many there are. Only what `overflow` and `evict_for` pass over because it is pinned costs extra.
+The record is native (`native/presence.cpp`): about 64 bytes an entry, no object a block, and an operation takes as long
+a block however many there are. Only pinned entries that `overflow` and `evict_for` pass over cost extra.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from flexkv_core._native import BlockSet
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.admission import GuardedAdmission
 from flexkv_core.pool import SlotPool
@@ -41,7 +42,7 @@ class TierBook:
         evict_ratio: at least this share of the capacity goes at a time.
         evict_start_threshold: room is made when this share of the capacity would be passed.
         admission: what it takes of what it is offered; None: all.
-        queued: (key, group) of blocks on their way down.
+        queued: blocks on their way down.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
         debris_bytes: corrupt copies there, out of the record but not yet deleted.
         generation: grows when the tier's medium is lost; moves of an older one no longer count.
@@ -60,7 +61,7 @@ class TierBook:
     evict_start_threshold: float = 1.0
     admission: GuardedAdmission | None = None
     counters: TierCounters = field(default_factory=TierCounters)
-    queued: set[tuple[bytes, int]] = field(default_factory=set)
+    queued: BlockSet = field(default_factory=BlockSet)
     reserved_bytes: int = 0
     debris_bytes: int = 0
     generation: int = 0

@@ -41,15 +41,15 @@ class WriteThrough:
         for tier in self._ledger.lower:
             held = np.stack([self._ledger.holds(tier, root, keys, group) for group in range(len(here))])
             offered = here & ~held
-            for group in range(len(here) if tier.queued else 0):
+            for group in range(len(here) if len(tier.queued) else 0):
                 at = np.flatnonzero(offered[group])
-                offered[group, at] = [(keys[p].tobytes(), group) not in tier.queued for p in at]
+                offered[group, at] = ~tier.queued.contains(keys[at], group)
             queued = here & ~held & ~offered
             taken = self._admitted(model, tier, keys, offered, held | queued)
             for group in range(len(here)):
                 at = np.flatnonzero(taken[group])
                 if len(at):
-                    tier.queued.update((keys[p].tobytes(), group) for p in at)
+                    tier.queued.add_new(keys[at], group)
                     self._ledger.pin_host(root, keys, group, at)
                     writes.append(self._ledger.move(model, root, keys, tier, at, group, slots[group, at], None))
         return writes
@@ -131,9 +131,7 @@ class WriteThrough:
         self._end_write(move)
 
     def _end_write(self, move: Move) -> None:
-        queued = self._tiers[move.tier].queued
-        for key, group in zip(move.block_keys, move.groups, strict=True):
-            queued.discard((key.tobytes(), int(group)))
+        self._tiers[move.tier].queued.discard(move.block_keys, move.groups)
         self._ledger.unpin_move(move)
 
     # ---------------------------------------------------------------- deletions and listings
