@@ -42,6 +42,7 @@ RUNS = 7
 WANTED_US = 5
 PAYLOAD = 4096
 SLOT = 2 * PAYLOAD
+ROOMY = 8 << 30
 RANDOM = np.random.default_rng(0)
 BLOCKS = np.arange(BATCH, dtype=np.int64)
 NO_SEALING = "flexkv_core.manager.seal_blocks replaced by a no-op"
@@ -116,12 +117,13 @@ def no_sealing(*arguments: Any, **options: Any) -> None:
 
 
 @contextmanager
-def opened(below: str) -> Iterator[tuple[KVCacheManager, Any]]:
-    """A manager whose host memory is full; `below`: "nothing", or the isolation of the null tier."""
+def opened(below: str, capacity: int = ROOMY) -> Iterator[tuple[KVCacheManager, Any]]:
+    """A manager whose host memory is full; `below`: "nothing", or the isolation of the null tier of that
+    capacity."""
     tiers: list[dict[str, Any]] = [{"backend": "cpu", "capacity": HOST_BLOCKS * SLOT}]
     if below != "nothing":
         queue = HOST_BLOCKS * SLOT
-        tiers.append({"backend": "null", "capacity": "1GiB", "isolation": below, "write_queue": queue})
+        tiers.append({"backend": "null", "capacity": capacity, "isolation": below, "write_queue": queue})
     seal, manager_module.seal_blocks = manager_module.seal_blocks, no_sealing
     try:
         with null_backend(), KVCacheManager.open({"tiers": tiers}, verify=False) as manager:
@@ -265,6 +267,9 @@ def measure(rows: Benchmark, below: str) -> None:
             )
         add_percentiles(rows, "fetch and load", params, loads.all)
 
+        if below == "nothing":
+            return
+
         def drained() -> float:
             batches = fresh()
             start = time.perf_counter()
@@ -273,8 +278,6 @@ def measure(rows: Benchmark, below: str) -> None:
             assert manager.drain(60)
             return (time.perf_counter() - start) * 1e6 / CALLS / BATCH
 
-        if below == "nothing":
-            return
         rows.add_row("store, drained", params, "us/block", [drained() for _ in range(RUNS)])
         lower = fresh()
         for keys in [*lower, *fresh(), *fresh()]:  # the last ones push the first out of host memory
@@ -286,7 +289,7 @@ def measure(rows: Benchmark, below: str) -> None:
         assert found["hit_blocks"] == CALLS * BATCH, found
         rows.add_row("fetch from below and load", params, "us/block", [sum(reads.all) / CALLS / BATCH])
         add_percentiles(rows, "fetch from below and load", params, reads.all)
-        assert found["dropped_blocks"] == found["failed_blocks"] == 0, found
+        assert found["dropped_blocks"] == found["failed_blocks"] == found["evicted_blocks"] == 0, found
 
 
 @bench.part
@@ -302,6 +305,18 @@ def over_a_tier_in_process(rows: Benchmark) -> None:
 @bench.part
 def over_a_tier_process(rows: Benchmark) -> None:
     measure(rows, "process")
+
+
+@bench.part
+def over_a_full_tier(rows: Benchmark) -> None:
+    """Each store also deletes in the tier what it brings."""
+    params: dict[str, object] = {"blocks": BATCH, "below": "process", "sealing": NO_SEALING}
+    with opened("process", HOST_BLOCKS * SLOT) as (manager, namespace):
+        stores = Timed(lambda keys: store(manager, namespace, keys), fresh)
+        rows.add_row("store, tier full", params, "us/block", [stores() for _ in range(RUNS)])
+        add_percentiles(rows, "store, tier full", params, stores.all)
+        assert manager.drain(60)
+        assert manager.stats()["tiers"]["null"]["evicted_blocks"] >= RUNS * CALLS * BATCH
 
 
 @bench.part

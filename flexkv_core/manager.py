@@ -27,6 +27,7 @@ from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, Manager
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
+from flexkv_core.ledger import distinct
 from flexkv_core.plans import HOST, Move, StorePlan
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Link, Scheduler
@@ -369,10 +370,10 @@ class KVCacheManager:
 
     def _gather(self, plan: StorePlan, table: npt.NDArray[np.int64], device: Device) -> None:
         """Copy a store's blocks from the device and seal them (copy thread)."""
-        for group in np.unique(plan.groups):
+        for group in distinct(plan.groups):
             chosen = plan.groups == group
             offsets = plan.slots[chosen] * PAGE
-            device.gather(self._region.buffer, offsets, table[group, plan.positions[chosen]], int(group))
+            device.gather(self._region.buffer, offsets, table[group, plan.positions[chosen]], group)
         seal_blocks(
             self._region.buffer,
             plan.slots * PAGE,

@@ -18,7 +18,7 @@ from flexkv_core._native import BlockSet
 from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
 from flexkv_core.layout import KVGroup
-from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, monotonic_microseconds
+from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, distinct, monotonic_microseconds
 from flexkv_core.plans import HOST, Deletion, FetchPlan, Move, Outcome, StorePlan
 from flexkv_core.tier_book import TierBook
 from flexkv_core.write_through import WriteThrough
@@ -158,7 +158,7 @@ class Planner:
         """Move a fetch's awaited blocks that this read has settled to pinned, or to nothing."""
         if fetch.root != move.root or not fetch.awaited.any():
             return
-        for group in np.unique(move.groups):
+        for group in distinct(move.groups):
             at = move.positions[(move.groups == group) & (move.positions < fetch.blocks)]
             at = at[fetch.awaited[group, at]]
             at = at[(fetch.keys[at] == move.keys[at]).all(axis=1)]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.index import NO_SLOT, Keys
-from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model
+from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model, distinct
 from flexkv_core.plans import HOST, Deletion, Move
 from flexkv_core.tier_book import TierBook
 
@@ -96,9 +96,9 @@ class WriteThrough:
             return move, deletion
         model = self._ledger.models[move.root]  # known as long as the source is pinned in host memory
         booked = []
-        for group in np.unique(move.groups):  # ascending, as the groups of a move are
+        for group in distinct(move.groups):
             wanted = int((move.groups == group).sum())
-            got = self._ledger.book(tier, model, int(group), wanted)
+            got = self._ledger.book(tier, model, group, wanted)
             booked.append(np.concatenate([got, np.full(wanted - len(got), NO_SLOT, np.int64)]))
         move.tier_slots = np.concatenate(booked)
         fits = move.tier_slots != NO_SLOT
