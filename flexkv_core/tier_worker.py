@@ -27,8 +27,7 @@ from flexkv_core.backend import (
 from flexkv_core.plugins import load_backend
 from flexkv_core.testing.faults import wrap
 
-
-STATUSES = np.array([int(status) for status in Status], np.uint8)
+STATUSES = np.array(list(Status), np.uint8)
 
 
 class TierWorker:
