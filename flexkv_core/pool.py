@@ -170,10 +170,12 @@ class SlotPool:
         ordered = np.sort(slots)
         if (ordered[1:] == ordered[:-1]).any():
             raise ValueError("slots name a slot twice: free each once")
-        near = slots.clip(0, self._pages - 1)
+        inside = ordered[0] >= 0 and ordered[-1] < self._pages
+        near = slots if inside else slots.clip(0, self._pages - 1)
         extents = near // self._extent_pages
         owners = self._owner[extents]
-        owners[near != slots] = _COMMON
+        if not inside:
+            owners[near != slots] = _COMMON
         if (owners == _COMMON).any():
             raise ValueError(
                 f"slots {slots[owners == _COMMON][:8].tolist()} are not allocated: free what allocate gave"
