@@ -59,16 +59,30 @@ def runs(positions: Positions) -> Iterator[tuple[int, int]]:
     """Split ascending positions into [start, stop) ranges without gaps."""
     if not len(positions):
         return
+    first, last = int(positions[0]), int(positions[-1])
+    if last - first + 1 == len(positions):
+        yield first, last + 1
+        return
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     for piece in np.split(positions, breaks):
         yield int(piece[0]), int(piece[-1]) + 1
 
 
+def distinct(groups: npt.NDArray[np.uint8]) -> list[int]:
+    """The numbers in an ascending array, as the groups of moves and stores are."""
+    if not len(groups):
+        return []
+    if groups[0] == groups[-1]:
+        return [int(groups[0])]
+    numbers: list[int] = np.unique(groups).tolist()
+    return numbers
+
+
 def each_run(move: Move, act: Callable[[int, int, int], None]) -> None:
     """Call `act(group, start, stop)` for each range of a move's positions."""
-    for group in np.unique(move.groups):
+    for group in distinct(move.groups):
         for start, stop in runs(move.positions[move.groups == group]):
-            act(int(group), start, stop)
+            act(group, start, stop)
 
 
 class Ledger:
@@ -285,12 +299,12 @@ class Ledger:
             tier.pool.free(slots)
             return
         self._tell_time()
-        for group in np.unique(move.groups):
+        for group in distinct(move.groups):
             chosen = move.groups == group
             at, mine = move.positions[chosen], slots[chosen]
             spread = np.full(int(at.max()) + 1, NO_SLOT, np.int64)
             spread[at] = mine
-            taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, int(group), spread)[at]
+            taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, group, spread)[at]
             tier.pool.free(mine[~taken])
             tier.counters.stored_blocks += int(taken.sum())
 

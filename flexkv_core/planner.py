@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core._native import BlockSet
 from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
 from flexkv_core.layout import KVGroup
-from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, monotonic_microseconds
+from flexkv_core.ledger import NOWHERE, Clock, Ledger, Model, Positions, distinct, monotonic_microseconds
 from flexkv_core.pins import PinBudget, pin_costs
 from flexkv_core.plans import HOST, Deletion, FetchPlan, Move, Outcome, StorePlan
 from flexkv_core.recovery import Recovery
@@ -56,7 +57,7 @@ class Planner:
         self.refused_blocks = 0
         self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()
-        self._incoming: set[tuple[bytes, int]] = set()  # (key, group) on its way from a lower tier to host memory
+        self._incoming = BlockSet()  # on their way from a lower tier to host memory
 
     # ---------------------------------------------------------------- models
 
@@ -149,14 +150,13 @@ class Planner:
         """Plan the reads of one group; `slots`: where the lower tiers have the blocks. Some may be on their way."""
         ledger, keys, sources = self._ledger, plan.keys, plan.sources[group]
         missing = np.flatnonzero(plan.needed[group] & (sources > HOST))
-        ids = [(keys[p].tobytes(), group) for p in missing]
-        shared = np.fromiter((i in self._incoming for i in ids), np.bool_, len(ids))
+        shared = self._incoming.contains(keys[missing], group)
         plan.awaited[group, missing[shared]] = True
         own = missing[~shared]
         host_slots = ledger.book(ledger.host, model, group, len(own))
         own = own[: len(host_slots)]
         plan.awaited[group, own] = True
-        self._incoming.update((keys[p].tobytes(), group) for p in own)
+        self._incoming.add_new(keys[own], group)
         for tier in ledger.lower:
             chosen = sources[own] == tier.number
             if chosen.any():
@@ -183,8 +183,7 @@ class Planner:
 
     def drop_read(self, move: Move) -> None:
         """Give up a read that was not started and that nobody waits for."""
-        for key, group in zip(move.block_keys, move.groups, strict=True):
-            self._incoming.discard((key.tobytes(), int(group)))
+        self._incoming.discard(move.block_keys, move.groups)
         self._ledger.let_go(self.tiers[move.tier], move)
         self._ledger.host_pool.free(move.host_slots)
 
@@ -201,8 +200,7 @@ class Planner:
         counters.corrupt_blocks += int(corrupt.sum())
         counters.missing_blocks += int((outcome == Outcome.MISSING).sum())
         counters.failed_blocks += int((outcome == Outcome.FAILED).sum())
-        for key, group in zip(move.block_keys, move.groups, strict=True):
-            self._incoming.discard((key.tobytes(), int(group)))
+        self._incoming.discard(move.block_keys, move.groups)
         ledger.let_go(tier, move)
         ledger.forget(tier, move.part(gone))
         ledger.commit(ledger.host, move.part(good), move.host_slots[good])
@@ -220,7 +218,7 @@ class Planner:
         if fetch.root != move.root or not fetch.awaited.any():
             return
         waited = self.awaits(fetch, move)
-        for group in np.unique(move.groups[waited]):
+        for group in distinct(move.groups[waited]):
             at = move.positions[waited & (move.groups == group)]
             fetch.awaited[group, at] = False
             if fetch.open:

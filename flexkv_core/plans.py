@@ -36,7 +36,7 @@ class Move:
         root, keys: the path, from position 0.
         tier: number of the lower tier in the stack.
         positions: (m,) int64, ascending within a group.
-        groups: (m,) uint8.
+        groups: (m,) uint8, ascending.
         host_slots: (m,) int64, in units of `PAGE` bytes of the host region.
         tier_slots: (m,) int64 for slot-addressed tiers, else None.
         payload_bytes, slot_bytes: (m,) int64, without and with padding and seal.

@@ -120,6 +120,8 @@ class SlotPool:
     def available(self, slot_class: int) -> int:
         """How many slots could be allocated now, in the class's own runs and in unassigned extents."""
         kind = self._class(slot_class)
+        if not (self._owner == _COMMON).any():
+            return int(kind.free.sum())
         return int(kind.free.sum() + self._free_runs(kind)[1].sum())
 
     def allocated(self, slot_class: int) -> int:
@@ -185,8 +187,7 @@ class SlotPool:
         runs = np.flatnonzero(kind.free)
         runs = runs[: int(np.searchsorted(np.cumsum(kind.free[runs]), count)) + 1]
         free = ~kind.used[runs] & (np.arange(kind.run_slots) < kind.slots[runs, None])
-        rows, places = np.nonzero(free)
-        rows, places = rows[:count], places[:count]
+        rows, places = np.divmod(free.ravel().nonzero()[0][:count], kind.run_slots)
         kind.used[runs[rows], places] = True
         kind.free[runs] -= np.bincount(rows, minlength=runs.size)
         self._used_bytes += count * kind.pages * PAGE
@@ -203,17 +204,21 @@ class SlotPool:
             raise ValueError(f"slots are {slots.dtype} {slots.shape}: pass a 1-D int64 array")
         if not slots.size:
             return
-        if np.unique(slots).size != slots.size:
+        ordered = np.sort(slots)
+        if (ordered[1:] == ordered[:-1]).any():
             raise ValueError("slots name a slot twice: free each once")
-        inside = (slots >= 0) & (slots < self._pages)
-        extents = np.where(inside, slots, 0) // self._extent_pages
-        owners = np.where(inside, self._owner[extents], _COMMON)
-        if np.any(owners == _COMMON):
+        inside = ordered[0] >= 0 and ordered[-1] < self._pages
+        near = slots if inside else slots.clip(0, self._pages - 1)
+        extents = near // self._extent_pages
+        owners = self._owner[extents]
+        if not inside:
+            owners[near != slots] = _COMMON
+        if (owners == _COMMON).any():
             raise ValueError(
                 f"slots {slots[owners == _COMMON][:8].tolist()} are not allocated: free what allocate gave"
             )
         parts = []
-        for number in np.unique(owners).tolist():
+        for number in [int(owners[0])] if (owners == owners[0]).all() else np.unique(owners).tolist():
             kind = self._classes[number]
             mine = slots[owners == number]
             runs = self._first[extents[owners == number]]
@@ -228,7 +233,7 @@ class SlotPool:
             kind.used[runs, places] = False
             np.add.at(kind.free, runs, 1)
             self._used_bytes -= runs.size * kind.pages * PAGE
-            self._reclaim(number, np.unique(runs))
+            self._reclaim(number, runs)
 
     def _class(self, slot_class: int) -> _SlotClass:
         if not 0 <= slot_class < len(self._classes):
@@ -297,7 +302,7 @@ class SlotPool:
         return taken
 
     def _reclaim(self, number: int, runs: _Counts) -> None:
-        """Give back those of these runs that are empty."""
+        """Give back those of these runs that are empty; one may be named several times."""
         kind = self._classes[number]
         empty = runs[kind.free[runs] == kind.slots[runs]]
         if empty.size:

@@ -5,17 +5,17 @@ whether one is there. Slot-addressed tiers have columns in the index instead.
 
 An entry is a block (32-byte key, group) with its length. Of several blocks in one call, the last counts as used
 first, so that with keys in prefix order a block is never older than its descendants, and leaves go before them.
+
+The record is native (`native/presence.cpp`): about 64 bytes an entry, no object a block, and an operation takes as long
+a block however many there are. Only pinned entries that `overflow` and `evict_for` pass over cost extra.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
-from flexkv_core.errors import KeyInputError, KeyTypeError
+from flexkv_core import _native
 
 Keys = npt.NDArray[np.uint8]
 Groups = npt.NDArray[np.uint8]
@@ -23,7 +23,7 @@ Lengths = npt.NDArray[np.int64]
 Entries = tuple[Keys, Groups, Lengths]
 """(n, 32) uint8 keys, (n,) uint8 groups, (n,) int64 bytes; least recently used first."""
 
-_KEY_BYTES = 32
+_MOST = 2**63 - 1
 
 
 class Presence:
@@ -46,75 +46,55 @@ class Presence:
             raise ValueError(f"max_entries {max_entries}: must be at least 1")
         self.capacity_bytes = capacity_bytes
         self.max_entries = max_entries
-        self._lengths: OrderedDict[bytes, int] = OrderedDict()
-        self._pins: dict[bytes, int] = {}
-        self._used = 0
+        self._record = _native.Presence(
+            None if capacity_bytes is None else min(capacity_bytes, _MOST), min(max_entries, _MOST)
+        )
 
     @property
     def used_bytes(self) -> int:
         """Sum of the lengths of all entries."""
-        return self._used
+        return self._record.used_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the record itself takes in this process."""
+        return self._record.memory_bytes
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._record)
 
     def add(self, keys: Keys, groups: Groups, lengths: Lengths) -> None:
         """The tier holds these blocks: keys (n, 32) uint8, groups (n,) uint8, lengths (n,) int64 bytes, 0 or more.
 
         Known ones take the new length; all become the most recently used. May exceed the capacity until the
-        next `overflow`. Raises KeyTypeError, KeyInputError or ValueError; nothing changes then.
+        next `overflow`. Raises KeyTypeError, KeyInputError or ValueError (also for a length of 2^56 or more, or 2^63
+        in all); nothing changes then.
         """
-        names = _names(keys, groups)
-        sizes = np.asarray(lengths)
-        if sizes.dtype != np.int64 or sizes.shape != (len(names),) or (sizes < 0).any():
-            raise ValueError(f"lengths are {sizes.dtype} {sizes.shape}: pass int64 ({len(names)},) of 0 or more bytes")
-        for name, size in zip(reversed(names), reversed(sizes.tolist()), strict=True):
-            self._used += size - self._lengths.get(name, 0)
-            self._lengths[name] = size
-            self._lengths.move_to_end(name)
-        if self.capacity_bytes is None:
-            self._take(0, None)
+        self._record.add(keys, groups, np.asarray(lengths))
 
     def discard(self, keys: Keys, groups: Groups) -> None:
         """The tier does not hold these blocks (any more). Unknown ones are passed over; pins stay."""
-        for name in _names(keys, groups):
-            self._used -= self._lengths.pop(name, 0)
+        self._record.discard(keys, groups)
 
     def clear(self) -> None:
         """The tier holds nothing any more. Pins stay: reads in flight still end and unpin."""
-        self._lengths.clear()
-        self._used = 0
+        self._record.clear()
 
     def held(self, keys: Keys, group: int) -> npt.NDArray[np.bool_]:
         """(n,) bool: which of the blocks have an entry. Changes nothing."""
-        names = _names(keys, group)
-        return np.fromiter((name in self._lengths for name in names), dtype=bool, count=len(names))
+        return self._record.held(keys, group)
 
     def touch(self, keys: Keys, group: int) -> None:
         """Count a use of those blocks that have an entry."""
-        for name in reversed(_names(keys, group)):
-            if name in self._lengths:
-                self._lengths.move_to_end(name)
+        self._record.touch(keys, group)
 
     def pin(self, keys: Keys, groups: Groups) -> None:
         """Being read: keep these out of `overflow` and `evict_for`. Pins count; a block needs no entry to be pinned."""
-        for name in _names(keys, groups):
-            self._pins[name] = self._pins.get(name, 0) + 1
+        self._record.pin(keys, groups)
 
     def unpin(self, keys: Keys, groups: Groups) -> None:
         """Take back one pin of each. Raises ValueError if one has too few, and nothing changes."""
-        left: dict[bytes, int] = {}
-        for name in _names(keys, groups):
-            left[name] = left.get(name, self._pins.get(name, 0)) - 1
-            if left[name] < 0:
-                raise ValueError(
-                    f"key {name[:_KEY_BYTES].hex()} group {name[_KEY_BYTES]} has no such pin: unpin once a pin"
-                )
-        for name, pins in left.items():
-            if pins:
-                self._pins[name] = pins
-            else:
-                del self._pins[name]
+        self._record.unpin(keys, groups)
 
     def overflow(self) -> Entries:
         """Take out the least recently used entries until capacity and max_entries are kept, passing over pinned ones.
@@ -122,9 +102,7 @@ class Presence:
         The caller deletes them in the tier and adds back those whose deletion failed (they count as used then, so that
         others are tried first). May be too few while much is pinned. Empty for a tier that bounds itself.
         """
-        if self.capacity_bytes is None:
-            return _entries([])
-        return _entries(self._take(0, self.capacity_bytes))
+        return self._record.overflow()
 
     def evict_for(self, nbytes: int) -> Entries:
         """Take out the least recently used entries until `nbytes` more fit; the caller deletes them as for `overflow`.
@@ -134,46 +112,4 @@ class Presence:
         """
         if nbytes < 0:
             raise ValueError(f"nbytes {nbytes}: must be 0 or more")
-        if self.capacity_bytes is None:
-            return _entries([])
-        return _entries(self._take(nbytes, self.capacity_bytes))
-
-    def _take(self, nbytes: int, capacity: int | None) -> list[tuple[bytes, int]]:
-        taken: list[tuple[bytes, int]] = []
-        used, count = self._used + nbytes, len(self._lengths)
-        for name, size in self._oldest():
-            if (capacity is None or used <= capacity) and count <= self.max_entries:
-                break
-            taken.append((name, size))
-            used, count = used - size, count - 1
-        for name, size in taken:
-            del self._lengths[name]
-            self._used -= size
-        return taken
-
-    def _oldest(self) -> Iterator[tuple[bytes, int]]:
-        return ((name, size) for name, size in self._lengths.items() if name not in self._pins)
-
-
-def _names(keys: Keys, groups: Groups | int) -> list[bytes]:
-    """Key and group number of each block, as one string of bytes."""
-    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint8:
-        raise KeyTypeError(f"keys are {getattr(keys, 'dtype', type(keys).__name__)}: pass a uint8 array (n, 32)")
-    if keys.ndim != 2 or keys.shape[1] != _KEY_BYTES:
-        raise KeyInputError(f"keys have shape {keys.shape}: pass (n, {_KEY_BYTES})")
-    if isinstance(groups, np.ndarray):
-        if groups.dtype != np.uint8 or groups.shape != (len(keys),):
-            raise KeyInputError(f"groups are {groups.dtype} {groups.shape}: pass uint8 ({len(keys)},)")
-    elif not 0 <= groups <= 254:
-        raise KeyInputError(f"group {groups}: must be 0 to 254")
-    named = np.empty((len(keys), _KEY_BYTES + 1), dtype=np.uint8)
-    named[:, :_KEY_BYTES] = keys
-    named[:, _KEY_BYTES] = groups
-    data = named.tobytes()
-    return [data[i : i + _KEY_BYTES + 1] for i in range(0, len(data), _KEY_BYTES + 1)]
-
-
-def _entries(taken: list[tuple[bytes, int]]) -> Entries:
-    named = np.frombuffer(b"".join(name for name, _ in taken), dtype=np.uint8).reshape(-1, _KEY_BYTES + 1)
-    lengths = np.array([size for _, size in taken], dtype=np.int64)
-    return named[:, :_KEY_BYTES].copy(), named[:, _KEY_BYTES].copy(), lengths
+        return self._record.evict_for(min(nbytes, _MOST))

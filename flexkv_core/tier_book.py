@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from flexkv_core._native import BlockSet
 from flexkv_core.backend import Recovered
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.admission import GuardedAdmission
@@ -43,7 +44,7 @@ class TierBook:
         evict_ratio: at least this share of the capacity goes at a time.
         evict_start_threshold: room is made when this share of the capacity would be passed.
         admission: what it takes of what it is offered; None: all.
-        queued: (key, group) of blocks on their way down.
+        queued: blocks on their way down.
         turnover: slot class -> copies evicted since room last went from one class to another.
         unclaimed: root -> what survived of a namespace that is not registered (yet), its slots adopted.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
@@ -64,7 +65,7 @@ class TierBook:
     evict_start_threshold: float = 1.0
     admission: GuardedAdmission | None = None
     counters: TierCounters = field(default_factory=TierCounters)
-    queued: set[tuple[bytes, int]] = field(default_factory=set)
+    queued: BlockSet = field(default_factory=BlockSet)
     turnover: dict[int, int] = field(default_factory=dict)
     unclaimed: dict[bytes, list[Recovered]] = field(default_factory=dict)
     reserved_bytes: int = 0

@@ -36,6 +36,7 @@ POWERS: dict[str, type] = {
     "recover": SupportsRecover,
 }
 """Optional powers of backends by the name that the core knows them by."""
+STATUSES = np.array(list(Status), np.uint8)
 
 
 class TierWorker:
@@ -105,11 +106,11 @@ class TierWorker:
             self._logger.exception("close failed")
 
     def _statuses(self, operation: str, batch: Batch, answer: Sequence[Status]) -> npt.NDArray[np.uint8]:
-        statuses = np.asarray(list(answer))
+        statuses = answer if isinstance(answer, np.ndarray) and answer.ndim == 1 else np.asarray(list(answer))
         if len(statuses) != len(batch):
             raise ValueError(
                 f"duty broken: {operation} returned {len(statuses)} statuses for {len(batch)} blocks; one each is due"
             )
-        if len(statuses) and not np.isin(statuses, [int(status) for status in Status]).all():
+        if len(statuses) and not np.isin(statuses, STATUSES).all():
             raise ValueError(f"duty broken: {operation} returned something that is no Status")
         return statuses.astype(np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.index import NO_SLOT, Keys
-from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model
+from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model, distinct
 from flexkv_core.plans import HOST, Deletion, Move
 from flexkv_core.tier_book import TierBook
 
@@ -41,15 +41,15 @@ class WriteThrough:
         for tier in self._ledger.lower:
             held = np.stack([self._ledger.holds(tier, root, keys, group) for group in range(len(here))])
             offered = here & ~held
-            for group in range(len(here) if tier.queued else 0):
+            for group in range(len(here) if len(tier.queued) else 0):
                 at = np.flatnonzero(offered[group])
-                offered[group, at] = [(keys[p].tobytes(), group) not in tier.queued for p in at]
+                offered[group, at] = ~tier.queued.contains(keys[at], group)
             queued = here & ~held & ~offered
             taken = self._admitted(model, tier, keys, offered, held | queued)
             for group in range(len(here)):
                 at = np.flatnonzero(taken[group])
                 if len(at):
-                    tier.queued.update((keys[p].tobytes(), group) for p in at)
+                    tier.queued.add_new(keys[at], group)
                     self._ledger.pin_host(root, keys, group, at)
                     writes.append(self._ledger.move(model, root, keys, tier, at, group, slots[group, at], None))
         return writes
@@ -96,9 +96,9 @@ class WriteThrough:
             return move, deletion
         model = self._ledger.models[move.root]  # known as long as the source is pinned in host memory
         booked = []
-        for group in np.unique(move.groups):  # ascending, as the groups of a move are
+        for group in distinct(move.groups):
             wanted = int((move.groups == group).sum())
-            got = self._ledger.book(tier, model, int(group), wanted)
+            got = self._ledger.book(tier, model, group, wanted)
             booked.append(np.concatenate([got, np.full(wanted - len(got), NO_SLOT, np.int64)]))
         move.tier_slots = np.concatenate(booked)
         fits = move.tier_slots != NO_SLOT
@@ -131,9 +131,7 @@ class WriteThrough:
         self._end_write(move)
 
     def _end_write(self, move: Move) -> None:
-        queued = self._tiers[move.tier].queued
-        for key, group in zip(move.block_keys, move.groups, strict=True):
-            queued.discard((key.tobytes(), int(group)))
+        self._tiers[move.tier].queued.discard(move.block_keys, move.groups)
         self._ledger.unpin_move(move)
 
     # ---------------------------------------------------------------- deletions and listings

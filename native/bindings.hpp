@@ -9,4 +9,6 @@ void bind_copy(nanobind::module_& m);    // copy.cpp: gather and scatter of frag
 void bind_memory(nanobind::module_& m);  // memory.cpp: pre-fault, page queries
 void bind_index(nanobind::module_& m);   // index_bindings.cpp: the index
 void bind_sketch(nanobind::module_& m);  // sketch.cpp: which blocks were offered before
+void bind_presence(nanobind::module_& m);    // presence.cpp: what a key-addressed tier holds
+void bind_block_sets(nanobind::module_& m);  // block_sets.cpp: sets of blocks
 }  // namespace flexkv

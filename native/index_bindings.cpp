@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "arrays.hpp"
 #include "bindings.hpp"
 #include "index/gate.hpp"
 #include "index/index.hpp"
@@ -18,14 +19,6 @@ namespace flexkv {
 namespace {
 
 using namespace flexkv::index;
-
-[[noreturn]] void raise(const char* type, const std::string& text) {
-  nb::object kind = nb::module_::import_("flexkv_core.errors").attr(type);
-  PyErr_SetString(kind.ptr(), text.c_str());
-  throw nb::python_error();
-}
-
-std::string name_of_type(nb::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 // A third party's policy. An exception counts as 0, or as no change, and is reported.
 class PythonPolicy final : public CustomPolicy {
@@ -58,72 +51,6 @@ class PythonPolicy final : public CustomPolicy {
   }
 
   nb::object policy_;
-};
-
-// A read-only look at an array's bytes, one element behind the other.
-class View {
- public:
-  // `copied` makes a copy of an array whose elements do not lie so, or not at addresses for their type. Of an array of a
-  // dtype that is no plain number, nothing is seen.
-  View(nb::handle array, nb::handle copied) {
-    look(array);
-    const bool aligned = view_.itemsize == 0 || reinterpret_cast<uintptr_t>(view_.buf) % size_t(view_.itemsize) == 0;
-    if (view_.obj == nullptr || view_.len > kMostBytes || (aligned && PyBuffer_IsContiguous(&view_, 'C') != 0)) return;
-    const nb::object copy = copied(array);
-    PyBuffer_Release(&view_);
-    look(copy);
-  }
-  ~View() { PyBuffer_Release(&view_); }
-  View(const View&) = delete;
-  View& operator=(const View&) = delete;
-
-  int dimensions() const { return view_.ndim; }
-  Py_ssize_t size(int axis) const { return view_.shape[axis]; }
-  bool holds(char code) const {
-    return view_.format != nullptr && view_.format[0] == code && view_.format[1] == '\0';
-  }
-  bool holds_int64() const { return view_.itemsize == 8 && (holds('l') || holds('q')); }
-  template <class T>
-  T* data() const {
-    return static_cast<T*>(view_.buf);
-  }
-
- private:
-  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(kKeyBytes) << 31;  // more is refused, and so not copied
-
-  void look(nb::handle array) {  // keeps the array alive
-    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) == 0) return;
-    PyErr_Clear();
-    view_ = Py_buffer{};
-  }
-  Py_buffer view_{};
-};
-
-struct NumPy {
-  nb::object module = nb::module_::import_("numpy");
-  nb::object array = module.attr("ndarray");
-  nb::object empty = module.attr("empty");
-  nb::object zeros = module.attr("zeros");
-  nb::object copied = array.attr("copy");  // C-contiguous and aligned
-  nb::object uint8 = module.attr("dtype")("uint8");
-  nb::object int64 = module.attr("dtype")("int64");
-  nb::object boolean = module.attr("dtype")("bool");
-
-  template <class T>
-  static T* data(nb::handle made) {  // of an array that was just made
-    Py_buffer view;
-    if (PyObject_GetBuffer(made.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
-    T* data = static_cast<T*>(view.buf);
-    PyBuffer_Release(&view);
-    return data;
-  }
-  template <class T>
-  nb::object copy(const std::vector<T>& values, nb::handle dtype, size_t width = 0) const {
-    nb::object made = width == 0 ? empty(values.size(), dtype)
-                                 : empty(nb::make_tuple(values.size() / width, width), dtype);
-    if (!values.empty()) std::memcpy(data<T>(made), values.data(), values.size() * sizeof(T));
-    return made;
-  }
 };
 
 class PyIndex {

@@ -14,4 +14,6 @@ NB_MODULE(_native, m) {
   flexkv::bind_memory(m);
   flexkv::bind_index(m);
   flexkv::bind_sketch(m);
+  flexkv::bind_presence(m);
+  flexkv::bind_block_sets(m);
 }

@@ -1,4 +1,5 @@
-"""Presence: sentences of its docstrings, and a state machine against a plain list in order of use."""
+"""Presence: sentences of its docstrings, which the oracle in Python obeys too, and a state machine against a plain list
+in order of use. `test_presence_pair.py` drives both with larger batches."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from reference_presence import ReferencePresence
 
 from flexkv_core.errors import KeyInputError, KeyTypeError
 from flexkv_core.presence import Entries, Presence
+
+Kind = type[Presence] | type[ReferencePresence]
+BOTH = pytest.mark.parametrize("kind", [Presence, ReferencePresence])
 
 
 def keys(*names: int) -> np.ndarray:
@@ -30,8 +35,9 @@ def plain(entries: Entries) -> list[tuple[int, int, int]]:
     return [(int(k[0]), int(g), int(n)) for k, g, n in zip(*entries, strict=True)]
 
 
-def test_overflow_takes_the_least_recent_first_and_leaves_before_parents() -> None:
-    presence = Presence(100)
+@BOTH
+def test_overflow_takes_the_least_recent_first_and_leaves_before_parents(kind: Kind) -> None:
+    presence = kind(100)
     presence.add(keys(1, 2, 3), u8(0, 0, 0), i64(40, 40, 40))
     presence.add(keys(9), u8(0), i64(30))
     assert presence.used_bytes == 150
@@ -46,8 +52,9 @@ def test_overflow_takes_the_least_recent_first_and_leaves_before_parents() -> No
     assert plain(presence.overflow())[0] == (2, 0, 40)
 
 
-def test_groups_are_apart_and_lengths_are_replaced() -> None:
-    presence = Presence(1000)
+@BOTH
+def test_groups_are_apart_and_lengths_are_replaced(kind: Kind) -> None:
+    presence = kind(1000)
     presence.add(keys(1, 1), u8(0, 3), i64(10, 20))
     presence.add(keys(1), u8(3), i64(5))
     assert (presence.used_bytes, len(presence)) == (15, 2)
@@ -57,8 +64,9 @@ def test_groups_are_apart_and_lengths_are_replaced() -> None:
     assert (presence.used_bytes, len(presence)) == (0, 0)
 
 
-def test_evict_for_makes_room_as_far_as_pins_allow() -> None:
-    presence = Presence(100)
+@BOTH
+def test_evict_for_makes_room_as_far_as_pins_allow(kind: Kind) -> None:
+    presence = kind(100)
     presence.add(keys(1, 2, 3), u8(0, 0, 0), i64(30, 30, 30))
     assert plain(presence.evict_for(10)) == []
     presence.pin(keys(3, 2), u8(0, 0))
@@ -70,8 +78,9 @@ def test_evict_for_makes_room_as_far_as_pins_allow() -> None:
         presence.evict_for(-1)
 
 
-def test_pins_count_and_outlive_entries() -> None:
-    presence = Presence(0)
+@BOTH
+def test_pins_count_and_outlive_entries(kind: Kind) -> None:
+    presence = kind(0)
     presence.add(keys(1), u8(0), i64(10))
     presence.pin(keys(1, 1), u8(0, 0))
     presence.discard(keys(1), u8(0))
@@ -86,21 +95,24 @@ def test_pins_count_and_outlive_entries() -> None:
     assert plain(presence.overflow()) == [(1, 0, 10)]
 
 
-def test_a_tier_that_bounds_itself_is_forgotten_never_deleted() -> None:
-    presence = Presence(None, max_entries=2)
+@BOTH
+def test_a_tier_that_bounds_itself_is_forgotten_never_deleted(kind: Kind) -> None:
+    presence = kind(None, max_entries=2)
     presence.add(keys(1, 2, 3), u8(0, 0, 0), i64(2**40, 2**40, 2**40))
     assert presence.held(keys(1, 2, 3), 0).tolist() == [True, True, False]
     assert plain(presence.overflow()) == plain(presence.evict_for(2**50)) == []
 
 
-def test_too_many_entries_are_deleted_where_there_is_a_capacity() -> None:
-    presence = Presence(100, max_entries=2)
+@BOTH
+def test_too_many_entries_are_deleted_where_there_is_a_capacity(kind: Kind) -> None:
+    presence = kind(100, max_entries=2)
     presence.add(keys(1, 2, 3), u8(0, 0, 0), i64(0, 0, 1))
     assert plain(presence.overflow()) == [(3, 0, 1)]
 
 
-def test_bad_arguments_change_nothing() -> None:
-    presence = Presence(100)
+@BOTH
+def test_bad_arguments_change_nothing(kind: Kind) -> None:
+    presence = kind(100)
     with pytest.raises(KeyTypeError, match="uint8"):
         presence.held(keys(1).astype(np.int64), 0)
     with pytest.raises(KeyInputError, match="shape"):
@@ -114,8 +126,38 @@ def test_bad_arguments_change_nothing() -> None:
             presence.add(keys(1, 2), u8(0, 0), lengths)
     for capacity, entries in ((-1, 1), (None, 0)):
         with pytest.raises(ValueError, match="must be"):
-            Presence(capacity, entries)
+            kind(capacity, entries)
     assert (len(presence), presence.used_bytes) == (0, 0)
+
+
+def test_lengths_are_bounded_so_that_their_sum_is() -> None:
+    presence = Presence(None)
+    most = 2**56 - 1
+    with pytest.raises(ValueError, match="lengths are int64"):
+        presence.add(keys(1), u8(0), i64(most + 1))
+    names = np.arange(128 * 32).reshape(128, 32).astype(np.uint8)
+    names[:, 0] = np.arange(128)
+    presence.add(names, np.zeros(128, np.uint8), np.full(128, most))
+    assert presence.used_bytes == 128 * most
+    with pytest.raises(ValueError, match="lengths are int64"):
+        presence.add(keys(200), u8(0), i64(most))
+    assert (len(presence), presence.used_bytes) == (128, 128 * most)
+
+
+def test_arrays_may_lie_in_memory_as_they_like() -> None:
+    presence = Presence(None)
+    names, groups, lengths = keys(1, 2, 3, 4), u8(0, 1, 0, 1), i64(1, 2, 3, 4)
+    presence.add(names[::-2], groups[::-2], lengths[::-2])
+    assert presence.held(np.asfortranarray(names), 1).tolist() == [False, True, False, True]
+    assert presence.used_bytes == 6
+
+
+def test_the_record_takes_about_64_bytes_an_entry() -> None:
+    presence = Presence(None, 2**17)
+    names = np.random.default_rng(0).integers(0, 256, (2**17, 32), np.uint8)
+    presence.add(names, np.zeros(2**17, np.uint8), np.ones(2**17, np.int64))
+    assert len(presence) == 2**17
+    assert 48 < presence.memory_bytes / 2**17 <= 68
 
 
 BATCH = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 1), st.integers(0, 30)), max_size=6)

@@ -35,6 +35,9 @@ def covered_prefix(available: BoolArray, coverages: Sequence[Coverage]) -> int:
             f"available is {available.dtype} {available.shape} for {len(coverages)} coverages: "
             "pass bool (groups, n) with one coverage for each of at least one group"
         )
+    if all(coverage.kind == "all" for coverage in coverages):
+        holes = np.flatnonzero(~available.all(axis=0))
+        return int(holes[0]) if len(holes) else available.shape[1]
     boundaries = np.arange(available.shape[1] + 1)
     supplied = np.ones(boundaries.size, dtype=bool)
     for row, coverage in zip(available, coverages, strict=True):
