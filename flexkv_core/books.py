@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexkv_core.config import Capacity, StackConfig, TierConfig
+from flexkv_core.config.stack import IndexName
 from flexkv_core.errors import PolicyError, StackConfigError
 from flexkv_core.index import Index
 from flexkv_core.index.native import NativeIndex
+from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.ledger import Clock, monotonic_microseconds
 from flexkv_core.planner import Planner
 from flexkv_core.policies import Eviction
@@ -66,12 +68,12 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
-    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent), column=0)]
+    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=SlotPool(host_bytes, extent, name), column=0)]
     columns = 1
     for number, tier in enumerate(tiers, start=1):
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
-            pool = SlotPool(size, extent)
+            pool = SlotPool(size, extent, tier.name)
             books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=columns))
             columns += 1
         else:
@@ -94,14 +96,18 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     )
 
 
-def make_index(policies: Sequence[Eviction]) -> Index:
+def make_index(policies: Sequence[Eviction], name: IndexName = "native") -> Index:
     """An empty index with a column for each policy: the one place that chooses the implementation."""
+    if name == "reference":
+        return ReferenceIndex(len(policies), policies)
     return NativeIndex(len(policies), policies)
 
 
-def make_planner(books: list[TierBook], clock: Clock = monotonic_microseconds) -> Planner:
+def make_planner(
+    books: list[TierBook], clock: Clock = monotonic_microseconds, *, index: IndexName = "native"
+) -> Planner:
     """A planner over an empty index; `clock`: microseconds, for policies that count in seconds."""
-    return Planner(books, make_index([book.eviction for book in books if book.column is not None]), clock)
+    return Planner(books, make_index([book.eviction for book in books if book.column is not None], index), clock)
 
 
 def _admission(tier: TierConfig) -> GuardedAdmission | None:

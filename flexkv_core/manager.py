@@ -21,7 +21,7 @@ import numpy.typing as npt
 from flexkv_core.backend import PAGE
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books
-from flexkv_core.config import StackConfig, TierConfig, load_stack
+from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
 from flexkv_core.device import Device
 from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
 from flexkv_core.handles import Fetch, Lookup, Transfer
@@ -76,7 +76,7 @@ class KVCacheManager:
             threads=opened.threads,
         )
         self._books = opened.books
-        self._planner = make_planner(opened.books)
+        self._planner = make_planner(opened.books, index=stack.index)
         self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify)
         self._scheduler.on_read = self._refresh
         self._verify = verify
@@ -95,7 +95,7 @@ class KVCacheManager:
         """Open a stack.
 
         Args:
-            stack: a path to a YAML file, the same as a mapping, or a `StackConfig`.
+            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`.
             verify: check seals of what lower tiers return. Off only to prove that the check matters.
             progress: called with (bytes done, bytes in all) while host memory is pre-faulted.
 
@@ -119,7 +119,7 @@ class KVCacheManager:
         settings = LinkSettings(
             name=book.name,
             backend=tier.backend,
-            config=tier.options.model_dump(mode="json"),
+            config=dump_with_secrets(tier.options),
             isolation=tier.isolation,
             capacity=tier.capacity.bytes if tier.capacity else None,
             state_directory=tier.state_directory,

@@ -56,7 +56,7 @@ class SimulatedCache:
         sizes = {group.slot_bytes for group in model.groups}
         opened = open_books(self._stack, simulated_slot_bytes=max(sizes))
         self._books = opened.books
-        self._planner = make_planner(opened.books, lambda: self._now_us)
+        self._planner = make_planner(opened.books, lambda: self._now_us, index=self._stack.index)
         namespace = Namespace.of(model)
         self._planner.add_model(namespace.root, model.groups)
         return namespace
