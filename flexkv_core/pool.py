@@ -133,24 +133,21 @@ class SlotPool:
         return runs * kind.run_slots + rest // kind.pages
 
     def capacity_together(self, slot_classes: Sequence[int]) -> int:
-        """How many slots each of these classes would have at least, if all had as many; a class may be named twice.
+        """How many slots each of these classes would have, all as many, laid out one class after another.
 
-        Classes do not share extents, so this is less than what the bytes alone would allow. With one class it is
-        `capacity`.
+        A class may be named twice. Classes do not share extents, so this is less than what the bytes alone allow. With
+        one class it is `capacity`.
         """
-        if len(slot_classes) == 1:
-            return self.capacity(slot_classes[0])
         kinds = [(self._class(number), times) for number, times in Counter(slot_classes).items()]
-        whole, tail = divmod(self._pages, self._extent_pages)
 
         def fits(count: int) -> bool:
-            needed, saved = 0, 0
-            for kind, times in kinds:
-                runs, rest = divmod(count * times, kind.run_slots)
-                needed += runs * kind.run_extents + -(-rest * kind.pages // self._extent_pages)
-                if 0 < rest * kind.pages <= tail:
-                    saved = 1  # the partial extent at the end takes the rest of one class
-            return needed - saved <= whole
+            extents = [-(-count * times // kind.run_slots) * kind.run_extents for kind, times in kinds]
+            for (kind, times), own in zip(kinds, extents, strict=True):  # the last one, which may end in a shorter run
+                pages = self._pages - (sum(extents) - own) * self._extent_pages
+                runs, rest = divmod(pages, kind.run_extents * self._extent_pages)
+                if pages >= 0 and runs * kind.run_slots + rest // kind.pages >= count * times:
+                    return True
+            return False
 
         low, high = 0, self._pages  # fits(0); no class has more slots than there are pages
         while low < high:
