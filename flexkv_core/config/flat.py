@@ -61,19 +61,20 @@ def gather(source: Source | None, environ: Mapping[str, str]) -> dict[str, FlatV
 
     Raises StackConfigError, with the key's place or the variable's name, for a bad value and for two names of one key.
     """
-    values = {key.name: _from_environment(key, environ) or _default(key) for key in KEYS}
-    if source is not None:
-        given: dict[str, str] = {}
-        for name in source.data:
-            key = FLAT.get(name)
-            if key is None:
-                continue
-            if key.name in given:
-                raise source.error((name,), f"is another name of {given[key.name]}, which is given too: keep one")
-            given[key.name] = name
-            if source.data[name] is not None or key.default is not None:
-                values[key.name] = _from_file(source, name, key)
-    return values
+    names: dict[str, str] = {}
+    for name in source.data if source is not None else ():
+        key = FLAT.get(name)
+        if source is None or key is None or (source.data[name] is None and key.default is None):
+            continue
+        if key.name in names:
+            raise source.error((name,), f"is another name of {names[key.name]}, which is given too: keep one")
+        names[key.name] = name
+    return {
+        key.name: _from_file(source, names[key.name], key)
+        if source is not None and key.name in names
+        else _from_environment(key, environ) or _default(key)
+        for key in KEYS
+    }
 
 
 def unknown_key(source: Source, name: str, others: Iterable[str] = ()) -> StackConfigError:
