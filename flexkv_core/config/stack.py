@@ -264,10 +264,11 @@ def _validated(source: Source, path: Path_, model: type[Model], data: dict[str, 
 
 def _translated(source: Source, path: Path_, model: type[BaseModel], found: Any, known: list[str]) -> Exception:
     """Turn one of pydantic's findings into an error with a place."""
-    where: Path_ = (*path, *found["loc"])
+    kind = found["type"]
+    location = tuple(found["loc"])
+    where: Path_ = (*path, *(location[:-1] if kind == "missing" else location))
     while source.at(where) is None and len(where) > len(path) + 1 and where not in source.values:
         where = where[:-1]  # pydantic adds steps for union members
-    kind = found["type"]
     if kind == "extra_forbidden":
         if where[len(path) :][0] == "faults":
             known = list(FaultConfig.model_fields)
@@ -275,7 +276,7 @@ def _translated(source: Source, path: Path_, model: type[BaseModel], found: Any,
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         return source.error(where, f"unknown key {show(where[-1])}: {hint}", at_key=True)
     if kind == "missing":
-        return source.error(where[:-1], f"the key {where[-1]} is missing")
+        return source.error(where, f"the key {location[-1]} is missing")
     message = found["msg"].removeprefix("Value error, ")
     secret = is_secret_field(model, where[len(path) :]) or any(is_secret_name(str(step)) for step in where)
     if secret or source.hides(where):
