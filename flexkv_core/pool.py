@@ -145,7 +145,7 @@ class SlotPool:
             for (kind, times), own in zip(kinds, extents, strict=True):  # the last one, which may end in a shorter run
                 pages = self._pages - (sum(extents) - own) * self._extent_pages
                 runs, rest = divmod(pages, kind.run_extents * self._extent_pages)
-                if pages >= 0 and runs * kind.run_slots + rest // kind.pages >= count * times:
+                if runs * kind.run_slots + rest // kind.pages >= count * times:
                     return True
             return False
 
