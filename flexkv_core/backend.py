@@ -74,7 +74,7 @@ from __future__ import annotations
 import enum
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -82,7 +82,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import pluggy
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from flexkv_core.locks import DirectoryLock
 from flexkv_core.seal import Seals, find_seals
@@ -306,6 +306,15 @@ class BackendConfig(BaseModel):
     """Base of a backend's configuration: its fields are the keys that a tier accepts in the stack."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _hidden: frozenset[str] = PrivateAttr(default=frozenset())
+
+    def hide_in_repr(self, fields: Iterable[str]) -> None:
+        """Have the repr mask these fields: the core calls it for what came from a `${NAME}` reference."""
+        self._hidden = frozenset(fields)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, "***" if name in self._hidden else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexkv_core.config import Capacity, StackConfig, TierConfig
+from flexkv_core.config.stack import IndexName
 from flexkv_core.errors import PolicyError, StackConfigError
 from flexkv_core.index import Index
 from flexkv_core.index.native import NativeIndex
+from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.ledger import Clock, monotonic_microseconds
 from flexkv_core.planner import Planner
 from flexkv_core.policies import Eviction
@@ -62,23 +64,23 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     tiers = list(stack.tiers)
     hosted = tiers.pop(0) if tiers and tiers[0].hosts else None
 
-    def pool_of(tier: TierConfig | None, capacity: int) -> SlotPool:
+    def pool_of(tier: TierConfig | None, capacity: int, name: str) -> SlotPool:
         """Slots for a tier; one whose capacity is a number of blocks (of a simulation) has exactly so many."""
         in_blocks = tier is not None and tier.capacity is not None and tier.capacity.bytes is None
         if in_blocks and simulated_slot_bytes is not None:
-            return SlotPool(capacity, SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes)
-        return SlotPool(capacity, extent_bytes(capacity))
+            return SlotPool(capacity, SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes, name)
+        return SlotPool(capacity, extent_bytes(capacity), name)
 
     host_bytes = STAGING_BYTES
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
-    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=pool_of(hosted, host_bytes), column=0)]
+    books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=pool_of(hosted, host_bytes, name), column=0)]
     columns = 1
     for number, tier in enumerate(tiers, start=1):
         if tier.addressing == "slot":
             size = _bytes(tier, tier.capacity, simulated_slot_bytes)
-            pool = pool_of(tier, size)
+            pool = pool_of(tier, size, tier.name)
             books.append(TierBook(tier.name, tier.backend, number, "slot", size, pool=pool, column=columns))
             columns += 1
         else:
@@ -107,17 +109,23 @@ def extent_bytes(capacity: int) -> int:
     return min(EXTENT_BYTES, max(SMALLEST_EXTENT_BYTES, share))
 
 
-def make_index(policies: Sequence[Eviction]) -> Index:
+def make_index(policies: Sequence[Eviction], name: IndexName = "native") -> Index:
     """An empty index with a column for each policy: the one place that chooses the implementation."""
+    if name == "reference":
+        return ReferenceIndex(len(policies), policies)
     return NativeIndex(len(policies), policies)
 
 
 def make_planner(
-    books: list[TierBook], clock: Clock = monotonic_microseconds, pin_budget_bytes: int | None = None
+    books: list[TierBook],
+    clock: Clock = monotonic_microseconds,
+    *,
+    pin_budget_bytes: int | None = None,
+    index: IndexName = "native",
 ) -> Planner:
-    """A planner over an empty index; arguments as for `Planner`."""
-    index = make_index([book.eviction for book in books if book.column is not None])
-    return Planner(books, index, clock, pin_budget_bytes)
+    """A planner over an empty index of that name; other arguments as for `Planner`."""
+    policies = [book.eviction for book in books if book.column is not None]
+    return Planner(books, make_index(policies, index), clock, pin_budget_bytes)
 
 
 def _admission(tier: TierConfig) -> GuardedAdmission | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books
-from flexkv_core.config import StackConfig, TierConfig, load_stack
+from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
 from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
 from flexkv_core.device import Device
 from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
@@ -66,7 +66,9 @@ class KVCacheManager:
             threads=opened.threads,
         )
         self._books = opened.books
-        self._planner = make_planner(opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size))
+        self._planner = make_planner(
+            opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size), index=stack.index
+        )
         self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify)
         self._fetches = Fetches(self._planner, self._scheduler, self._lock, stack.pin_limit_s)
         self._copies = Copies(self._planner, self._scheduler, self._fetches, self._lock, self._region)
@@ -86,7 +88,7 @@ class KVCacheManager:
         """Open a stack.
 
         Args:
-            stack: a path to a YAML file, the same as a mapping, or a `StackConfig`.
+            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`.
             verify: check seals of what lower tiers return. Off only to prove that the check matters.
             progress: called with (bytes done, bytes in all) while host memory is pre-faulted.
 
@@ -110,7 +112,7 @@ class KVCacheManager:
         settings = LinkSettings(
             name=book.name,
             backend=tier.backend,
-            config=tier.options.model_dump(mode="json"),
+            config=dump_with_secrets(tier.options),
             isolation=tier.isolation,
             capacity=tier.capacity.bytes if tier.capacity else None,
             state_directory=tier.state_directory,

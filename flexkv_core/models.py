@@ -1,7 +1,7 @@
 """Geometry of well-known models: what one block of a dense full-attention model weighs and looks like.
 
 Owns the table of names, the reading of a Hugging Face ``config.json`` and the synthetic geometry of a given
-size. Does not own KV groups of hybrid models (window, state, MLA): these are refused here.
+size. Does not own KV groups of other models (sliding window, MLA): these are refused here, `model_groups.py` has them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flexkv_core.errors import LayoutError
 from flexkv_core.layout import KVGroup, ModelSpec
 
-_STORAGE: Mapping[str, npt.DTypeLike] = {
+STORAGE: Mapping[str, npt.DTypeLike] = {
     "bfloat16": np.uint16,
     "float16": np.uint16,
     "float32": np.uint32,
@@ -26,7 +26,7 @@ _STORAGE: Mapping[str, npt.DTypeLike] = {
 }
 """KV dtype to the NumPy dtype of the same width that carries its bits (NumPy has no bfloat16)."""
 
-_DENSE_TYPES = frozenset(
+DENSE_TYPES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
     | {"granite", "olmo", "olmo2", "starcoder2", "phi", "phi3", "gemma"}
 )
@@ -54,13 +54,13 @@ class KVGeometry:
             value = getattr(self, field)
             if value < 1:
                 raise LayoutError(f"model {self.name!r}: {field} {value}: must be at least 1")
-        if self.dtype not in _STORAGE:
-            raise LayoutError(f"model {self.name!r}: dtype {self.dtype!r}: use one of {', '.join(_STORAGE)}")
+        if self.dtype not in STORAGE:
+            raise LayoutError(f"model {self.name!r}: dtype {self.dtype!r}: use one of {', '.join(STORAGE)}")
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
         """The NumPy dtype that carries the bits of `dtype`."""
-        return np.dtype(_STORAGE[self.dtype])
+        return np.dtype(STORAGE[self.dtype])
 
     def block_bytes(self, block_size: int) -> int:
         """Payload bytes of a block of `block_size` tokens: layers * 2 * tokens * heads * dim * itemsize."""
@@ -106,6 +106,12 @@ def resolve_model(name_or_path: str) -> KVGeometry:
 
     Raises LayoutError for what is neither, and for models that are not dense full attention.
     """
+    found = find_model(name_or_path)
+    return found if isinstance(found, KVGeometry) else geometry_from_config(found)
+
+
+def find_model(name_or_path: str) -> KVGeometry | Path:
+    """The geometry of a known name (any case), or the path of a ``config.json``. Raises LayoutError for neither."""
     known = _KNOWN.get(name_or_path.lower())
     if known is not None:
         return known
@@ -117,7 +123,7 @@ def resolve_model(name_or_path: str) -> KVGeometry:
             f"model {name_or_path!r}: neither a file nor a known name; use a config.json or one of "
             f"{', '.join(known_models())}"
         )
-    return geometry_from_config(path)
+    return path
 
 
 def geometry_from_config(path: Path) -> KVGeometry:
@@ -125,30 +131,53 @@ def geometry_from_config(path: Path) -> KVGeometry:
 
     Raises LayoutError naming the file, the field and the value.
     """
+    config = read_hf_config(path)
+    _refuse_other_attention(path, config)
+    kv_heads, head_dim = heads_of(path, config)
+    layers = positive_field(path, config, "num_hidden_layers")
+    return KVGeometry(name_of(path, config), layers, kv_heads, head_dim, dtype_of(path, config))
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """A ``config.json`` as plain data. Raises LayoutError naming the file."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LayoutError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise LayoutError(f"{path}: holds a JSON {type(config).__name__}: a model's config is an object")
-    _refuse_other_attention(path, config)
-    heads = _positive(path, config, "num_attention_heads")
+    return config
+
+
+def heads_of(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    """KV heads of the whole model, and elements of a head. Raises LayoutError naming the field."""
+    heads = positive_field(path, config, "num_attention_heads")
     if config.get("head_dim") is not None:
-        head_dim = _positive(path, config, "head_dim")
+        head_dim = positive_field(path, config, "head_dim")
     else:
-        hidden = _positive(path, config, "hidden_size")
+        hidden = positive_field(path, config, "hidden_size")
         if hidden % heads:
             raise LayoutError(
                 f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}: name head_dim"
             )
         head_dim = hidden // heads
-    kv_heads = heads if config.get("num_key_value_heads") is None else _positive(path, config, "num_key_value_heads")
+    if config.get("num_key_value_heads") is None:
+        return heads, head_dim
+    return positive_field(path, config, "num_key_value_heads"), head_dim
+
+
+def dtype_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The dtype of weights, which engines take for the KV too unless told otherwise."""
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"
     dtype = config.get(dtype_field)
-    if not isinstance(dtype, str) or dtype not in _STORAGE:
-        raise LayoutError(f"{path}: {dtype_field} {dtype!r}: must be one of {', '.join(_STORAGE)}")
-    name = config.get("_name_or_path") or path.resolve().parent.name
-    return KVGeometry(str(name), _positive(path, config, "num_hidden_layers"), kv_heads, head_dim, dtype)
+    if not isinstance(dtype, str) or dtype not in STORAGE:
+        raise LayoutError(f"{path}: {dtype_field} {dtype!r}: must be one of {', '.join(STORAGE)}")
+    return dtype
+
+
+def name_of(path: Path, config: Mapping[str, Any]) -> str:
+    """What the model is called: its own word, else its folder."""
+    return str(config.get("_name_or_path") or path.resolve().parent.name)
 
 
 def synthetic_geometry(block_bytes: int, block_size: int) -> KVGeometry:
@@ -184,11 +213,11 @@ def _refuse_other_attention(path: Path, config: Mapping[str, Any]) -> None:
     layer_types = config.get("layer_types")
     if layer_types is not None and set(layer_types) != {"full_attention"}:
         refuse("layer_types", "layers other than full_attention are")
-    if config.get("model_type") not in _DENSE_TYPES:
+    if config.get("model_type") not in DENSE_TYPES:
         refuse("model_type", "this type of model is")
 
 
-def _positive(path: Path, config: Mapping[str, Any], field: str) -> int:
+def positive_field(path: Path, config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
     if type(value) is not int or value < 1:
         raise LayoutError(f"{path}: {field} {value!r}: must be a positive integer")

@@ -14,6 +14,8 @@ All work is per batch, in NumPy. Per class there is one byte for each slot it co
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,13 +58,15 @@ class SlotPool:
     Args:
         capacity_bytes: what all slots together may take; a partial page at the end is not used.
         extent_bytes: the unit of division, a multiple of 4096. The last extent may be partial.
+        tier: the tier's name, for errors.
 
     Raises LayoutError for a capacity below one page, or extents that are not whole pages.
     """
 
-    def __init__(self, capacity_bytes: int, extent_bytes: int = 32 << 20) -> None:
+    def __init__(self, capacity_bytes: int, extent_bytes: int = 32 << 20, tier: str = "") -> None:
+        self._tier = f"tier {tier}: " if tier else ""
         if capacity_bytes < PAGE:
-            raise LayoutError(f"capacity {capacity_bytes} bytes: must be at least one page of {PAGE}")
+            raise LayoutError(f"{self._tier}capacity {capacity_bytes} bytes: must be at least one page of {PAGE}")
         if extent_bytes < PAGE or extent_bytes % PAGE:
             raise LayoutError(f"extent_bytes {extent_bytes}: must be a positive multiple of {PAGE}")
         self.capacity_bytes = capacity_bytes
@@ -96,7 +100,7 @@ class SlotPool:
         pages = slot_bytes // PAGE
         if pages > self._pages:
             raise LayoutError(
-                f"capacity {self.capacity_bytes} bytes cannot hold one slot of {slot_bytes} bytes: "
+                f"{self._tier}capacity {self.capacity_bytes} bytes cannot hold one slot of {slot_bytes} bytes: "
                 f"it needs at least {slot_bytes}"
             )
         if pages not in self._by_pages:
@@ -166,6 +170,29 @@ class SlotPool:
         kind = self._class(slot_class)
         runs, rest = divmod(self._pages, kind.run_extents * self._extent_pages)
         return runs * kind.run_slots + rest // kind.pages
+
+    def capacity_together(self, slot_classes: Sequence[int]) -> int:
+        """How many slots each of these classes would have, all as many, laid out one class after another.
+
+        A class may be named twice. Classes do not share extents, so this is less than what the bytes alone allow. With
+        one class it is `capacity`.
+        """
+        kinds = [(self._class(number), times) for number, times in Counter(slot_classes).items()]
+
+        def fits(count: int) -> bool:
+            extents = [-(-count * times // kind.run_slots) * kind.run_extents for kind, times in kinds]
+            for (kind, times), own in zip(kinds, extents, strict=True):  # the last one, which may end in a shorter run
+                pages = self._pages - (sum(extents) - own) * self._extent_pages
+                runs, rest = divmod(pages, kind.run_extents * self._extent_pages)
+                if runs * kind.run_slots + rest // kind.pages >= count * times:
+                    return True
+            return False
+
+        low, high = 0, self._pages  # fits(0); no class has more slots than there are pages
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
 
     def extents(self, slot_class: int) -> int:
         """How many extents the class has now."""

@@ -57,7 +57,10 @@ class SimulatedCache:
         opened = open_books(self._stack, simulated_slot_bytes=max(sizes))
         self._books = opened.books
         self._planner = make_planner(
-            opened.books, lambda: self._now_us, pin_budget_bytes=int(self._stack.pin_budget * opened.host_bytes)
+            opened.books,
+            lambda: self._now_us,
+            pin_budget_bytes=int(self._stack.pin_budget * opened.host_bytes),
+            index=self._stack.index,
         )
         namespace = Namespace.of(model)
         self._planner.add_model(namespace.root, model.groups)

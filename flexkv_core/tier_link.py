@@ -46,7 +46,7 @@ class LinkSettings:
     """What a link needs to know of its tier.
 
     Attributes:
-        config: the backend's own config, as plain data.
+        config: the backend's own config, as plain data, secrets in the clear: not in the repr.
         deadline_s: a call unanswered for this long gets the process killed; open_deadline_s: the same for opening.
         backoff_s, backoff_max_s: first and longest wait before a restart; it doubles in between.
         seed: of the jitter on that wait.
@@ -54,7 +54,7 @@ class LinkSettings:
 
     name: str
     backend: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(repr=False)
     isolation: Literal["process", "none"] = "process"
     capacity: int | None = None
     slot_bytes: tuple[int, ...] = ()

@@ -39,6 +39,9 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     faults: dict[str, Any] | None
     log_level: int
 
+    def __repr__(self) -> str:
+        return f"Start({self.name!r}, {self.backend!r}, ...)"  # its config has secrets in the clear
+
 
 class Call(msgspec.Struct, tag=True, frozen=True):
     """Core to tier: one operation on a batch."""

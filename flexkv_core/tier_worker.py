@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from flexkv_core.backend import (
     Backend,
+    BackendConfig,
+    BackendSpec,
     Batch,
     Listing,
     OpenContext,
@@ -55,7 +58,7 @@ class TierWorker:
         logger: logging.Logger,
     ) -> None:
         spec = load_backend(backend)
-        made: Backend = spec.factory(spec.config_model.model_validate(dict(config)))
+        made: Backend = spec.factory(_config(spec, config))
         if faults is not None:
             made = wrap(made, faults)
         if made.capabilities.addressing != spec.addressing:
@@ -114,3 +117,13 @@ class TierWorker:
         if len(statuses) and not np.isin(statuses, STATUSES).all():
             raise ValueError(f"duty broken: {operation} returned something that is no Status")
         return statuses.astype(np.uint8)
+
+
+def _config(spec: BackendSpec, config: Mapping[str, Any]) -> BackendConfig:
+    """The backend's config. ValueError without the values: pydantic's own error shows secrets."""
+    try:
+        return spec.config_model.model_validate(dict(config))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    told = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'config'}: {one['type']}" for one in found)
+    raise ValueError(f"its config is not accepted in the tier's process: {told}")

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("presence",),
     ("index",),
     ("pool",),
+    ("model_groups",),
     # what a stack says, devices, discovery of plug-ins, policies (which plug-ins may bring)
     ("config", "device", "models"),
     ("policies", "testing.faults"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv_core.config import Capacity, load_stack
+from flexkv_core.config.references import resolve
 from flexkv_core.config.sizes import parse_capacity, parse_size
 from flexkv_core.config.source import read_text
 from flexkv_core.config.stack import stack_of
@@ -117,4 +118,4 @@ def test_capacities() -> None:
 @given(st.text(max_size=30))
 def test_any_text_is_a_stack_or_a_clear_error(text: str) -> None:
     with pytest.raises(StackConfigError, match=r"^any\.yaml"):  # no text this short is a whole stack
-        stack_of(read_text(text, "any.yaml"))
+        stack_of(resolve(read_text(text, "any.yaml"), {}))

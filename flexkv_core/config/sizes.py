@@ -13,8 +13,9 @@ for _power, _letter in enumerate("kmgtp", start=1):
     UNITS[_letter + "b"] = 1000**_power
     UNITS[_letter + "ib"] = 1024**_power
 MAX_BYTES = 1 << 62
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
-_BLOCKS = re.compile(r"(\d+)\s*blocks?", re.IGNORECASE)
+MAX_BLOCKS = 1 << 40
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_BLOCKS = re.compile(r"([0-9]{1,30})\s*blocks?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(value: Any) -> int:
@@ -69,5 +70,7 @@ def parse_capacity(value: Any) -> Capacity:
         if found:
             if int(found[1]) < 1:
                 raise ValueError(f"{value!r} must be at least 1 block")
+            if int(found[1]) > MAX_BLOCKS:
+                raise ValueError(f"{value!r} must be at most {MAX_BLOCKS} blocks")
             return Capacity(blocks=int(found[1]))
     return Capacity(bytes=parse_size(value))

@@ -1,22 +1,25 @@
-"""The stack: what a YAML file (or a mapping) may say, and what it means.
+"""The stack: what a document may say, and what it means.
 
 Keys of a tier that the core knows are `TierKeys`; all others belong to the tier's backend and are validated by
-its own pydantic model. Every error names file, line, column, key, value and the fix.
+its own pydantic model. Every error names file, line, column, key, value and the fix, and shows no secret. Files,
+flat keys and variables are read in `load.py`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flexkv_core.backend import BackendConfig, BackendSpec
+from flexkv_core.config.places import Path_, Source, is_reference, masked, show
+from flexkv_core.config.secrets import is_secret_field, is_secret_name, mask_by_type
 from flexkv_core.config.sizes import Capacity, Size, parse_capacity
-from flexkv_core.config.source import Path_, Source, read_source
 from flexkv_core.errors import BackendLoadError, BackendNotFoundError, PolicyError
 from flexkv_core.plugins import load_backend
 from flexkv_core.policies import Eviction, check_policy
@@ -26,6 +29,11 @@ from flexkv_core.testing.faults import FaultConfig
 Model = TypeVar("Model", bound=BaseModel)
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+REFERENCES_ALLOWED = frozenset({"state_directory"})
+"""Keys of the core in which `${NAME}` may stand; the others are shown in figures and logs."""
+NOT_FOR_THE_HOST = ("faults", "isolation", "deadline_s", "write_queue", "state_directory")
+"""Keys about a backend's process and queue: the host tier has neither."""
+IndexName = Literal["native", "reference"]
 
 
 def _known(check: Callable[[str], str]) -> BeforeValidator:
@@ -70,6 +78,7 @@ class StackKeys(BaseModel):
     block_size: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
     pin_budget: Annotated[float, Field(gt=0, le=1)] = 0.8
     pin_limit_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    index: IndexName = "native"
     tiers: list[Any]
 
 
@@ -88,13 +97,14 @@ class TierConfig:
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
         in_flight: bytes that calls under way may move; None: a quarter of host memory.
         deadline_s: a call of the backend that takes longer gets its process killed.
+        written: the tier's keys for eyes: references as `${NAME}`, secrets masked. The repr has these.
     """
 
     backend: str
     name: str
     addressing: Literal["slot", "key"]
     hosts: bool
-    options: BackendConfig
+    options: BackendConfig = field(repr=False)
     capacity: Capacity | None
     eviction: Eviction
     evict_ratio: float
@@ -104,8 +114,9 @@ class TierConfig:
     deadline_s: float
     write_queue: int | None
     in_flight: int | None
-    state_directory: Path | None
+    state_directory: Path | None = field(repr=False)
     faults: FaultConfig | None
+    written: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,37 +128,37 @@ class StackConfig:
         tiers: fastest first.
         pin_budget: share of host memory that fetches may keep pinned; longer prefixes are truncated.
         pin_limit_s: seconds after which a fetch that was not released loses its pins.
+        index: which implementation finds blocks: the native one, or the slow Python reference.
     """
 
     block_size: int | None
     tiers: tuple[TierConfig, ...]
     pin_budget: float = 0.8
     pin_limit_s: float = 600.0
-
-
-def load_stack(source: str | Path | Mapping[str, Any]) -> StackConfig:
-    """Read and validate a stack.
-
-    Args:
-        source: path of a YAML file, or the same as a mapping.
-
-    Raises:
-        StackConfigError: with attributes file, line, column, key and value; its text says what to write instead.
-    """
-    return stack_of(read_source(source))
+    index: IndexName = "native"
 
 
 def stack_of(source: Source) -> StackConfig:
-    """Validate a stack that was read. Raises StackConfigError as `load_stack`."""
+    """Validate a document that was read and whose references were resolved. Raises StackConfigError."""
     if not isinstance(source.data, dict):
         raise source.error((), "a stack is a mapping with the key tiers: see README.md")
-    top = _validated(source, (), StackKeys, source.data, StackKeys.model_fields)
+    for path in sorted(source.referenced, key=str):
+        _refuse_reference(source, path)
+    top = _validated(source, (), StackKeys, source.resolved, StackKeys.model_fields)
     if not top.tiers:
         raise source.error(("tiers",), "a stack needs at least one tier")
     tiers: list[TierConfig] = []
     for number, entry in enumerate(top.tiers):
         tiers.append(_tier(source, number, entry, [tier.name for tier in tiers]))
-    return StackConfig(top.block_size, tuple(tiers), top.pin_budget, top.pin_limit_s)
+    return StackConfig(top.block_size, tuple(tiers), top.pin_budget, top.pin_limit_s, top.index)
+
+
+def _refuse_reference(source: Source, path: Path_) -> None:
+    """References are for a backend's own keys and for paths: names and policies are shown everywhere."""
+    key = path[2] if len(path) > 2 and path[0] == "tiers" else path[-1] if path else ""
+    if len(path) <= 2 or (key in TierKeys.model_fields and key not in REFERENCES_ALLOWED):
+        problem = f"a reference is for secrets and paths, and {key} is shown in figures and logs: write the value out"
+        raise source.error(path, problem)
 
 
 def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConfig:
@@ -163,7 +174,9 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
     core = {key: value for key, value in entry.items() if key in TierKeys.model_fields}
     own = {key: value for key, value in entry.items() if key not in TierKeys.model_fields}
     keys = _validated(source, path, TierKeys, core, known)
-    options = _validated(source, path, spec.config_model, own, known)
+    options: BackendConfig = _validated(source, path, spec.config_model, own, known)
+    written = _written(source, path, spec, own)
+    options.hide_in_repr(key for key in own if is_secret_name(key) or source.hides((*path, key)))
     name = keys.name or _free_name(spec.name, taken)
     if name in taken:
         raise source.error((*path, "name"), f"two tiers are called {name!r}: choose another name")
@@ -190,7 +203,15 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         in_flight=keys.in_flight,
         state_directory=keys.state_directory,
         faults=keys.faults,
+        written=written,
     )
+
+
+def _written(source: Source, path: Path_, spec: BackendSpec, own: dict[str, Any]) -> dict[str, Any]:
+    """The tier's keys for eyes."""
+    entry = source.at(path)
+    kept = {key for key, value in entry.items() if key not in own or is_reference(value)}
+    return mask_by_type(spec.config_model, masked(entry), kept)
 
 
 def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys: TierKeys, *, hosts: bool) -> None:
@@ -211,6 +232,9 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
     for key in ("evict_ratio", "evict_start_threshold"):
         if key in keys.model_fields_set and keys.capacity is None:
             refuse(key, "this tier has no capacity and bounds itself: give it a capacity, or leave the key out")
+    for key in NOT_FOR_THE_HOST:
+        if hosts and key in keys.model_fields_set:
+            refuse(key, "no backend runs for the host tier, its blocks lie in the core's memory: leave the key out")
     if hosts and "admission" in keys.model_fields_set:
         refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
 
@@ -243,26 +267,42 @@ def _validated(source: Source, path: Path_, model: type[Model], data: dict[str, 
         return model.model_validate(data)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        # An unknown key first: a misspelt one is also a missing one, and only its own name helps.
-        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-        raise _translated(source, path, first, list(known)) from error
+    # An unknown key first: a misspelt one is also a missing one, and only its own name helps.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    raise _translated(source, path, model, first, list(known))  # outside of except: pydantic's own error shows values
 
 
-def _translated(source: Source, path: Path_, found: Any, known: list[str]) -> Exception:
+def _translated(source: Source, path: Path_, model: type[BaseModel], found: Any, known: list[str]) -> Exception:
     """Turn one of pydantic's findings into an error with a place."""
-    where: Path_ = (*path, *found["loc"])
+    kind = found["type"]
+    location = tuple(found["loc"])
+    where: Path_ = (*path, *(location[:-1] if kind == "missing" else location))
     while source.at(where) is None and len(where) > len(path) + 1 and where not in source.values:
         where = where[:-1]  # pydantic adds steps for union members
-    kind = found["type"]
     if kind == "extra_forbidden":
         if where[len(path) :][0] == "faults":
             known = list(FaultConfig.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
-        return source.error(where, f"unknown key {where[-1]!r}: {hint}", at_key=True)
+        return source.error(where, f"unknown key {show(where[-1])}: {hint}", at_key=True)
     if kind == "missing":
-        return source.error(where[:-1], f"the key {where[-1]} is missing")
+        return source.error(where, f"the key {location[-1]} is missing")
     message = found["msg"].removeprefix("Value error, ")
+    secret = is_secret_field(model, where[len(path) :]) or any(is_secret_name(str(step)) for step in where)
+    if secret or source.hides(where):
+        problem = message[:1].lower() + message[1:] if _TELLS_NO_VALUE.fullmatch(kind) else "this value is not accepted"
+        written = source.at(where)
+        shown = f"{written}: " if is_reference(written) else ""
+        error = source.error(where, f"{shown}{problem} (its value is not shown)")
+        if secret and not is_reference(written):
+            error.value = None
+        return error
     value = found.get("input")
-    shown = "" if repr(value) in message else f"{value!r}: " if not isinstance(value, dict | list) else ""
+    shown = "" if show(value) in message else f"{show(value)}: " if not isinstance(value, dict | list) else ""
     return source.error(where, f"{shown}{message[:1].lower()}{message[1:]}")
+
+
+_TELLS_NO_VALUE = re.compile(
+    r"(int|float|bool|string|path|bytes|dict|list|tuple|set|model)_\w+|literal_error|(greater|less)_than\w*|too_(short|long)"
+)
+"""Types of pydantic's findings whose text has nothing of the value; third parties' own messages may."""
