@@ -137,7 +137,7 @@ class KVCacheManager:
             else InlineLink(settings, loop, self._region.buffer, changed)
         )
         limit = tier.write_queue or self._region.size // 4
-        self._scheduler.add_tier(book.number, link, limit)
+        self._scheduler.add_tier(book.number, link, limit, tier.breaker)
 
     # ---------------------------------------------------------------- models
 
@@ -350,12 +350,15 @@ class KVCacheManager:
 
         def done(_: Any, error: BaseException | None) -> None:
             self._pending_stores -= 1
+            writes: list[Move] = []
             with self._lock:
                 if error is not None:
                     self._planner.abort_store(plan)
-                    writes = []
                 else:
-                    writes = self._planner.commit_store(plan)
+                    try:
+                        writes = self._planner.commit_store(plan)
+                    except Exception as caught:  # a bug of ours must not let the caller wait for ever
+                        error = caught
             if error is not None:
                 logger.error("a store failed", exc_info=error)
             # First, because the blocks are committed: that they also sink is nobody's wait.
@@ -406,7 +409,8 @@ class KVCacheManager:
             tiers: by tier name, in the stack's order, the counters of `TierBook.figures` (blocks and bytes
                 read, written, stored, evicted, hit, corrupt, failed, dropped) and of its process: `state`
                 ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
-                (None where there is none).
+                (None where there is none), `unexpected_answers`; of a lower tier also `health` ("ok", "degraded",
+                "away") and `breaker`: state of `read` and `write`, `opened`, `rejected_blocks`, `last_trouble`.
             fetches, pending_stores: under way now.
             refused_blocks: blocks of stores for which host memory had no room that is not pinned.
             refused_stores: stores refused because `MAX_PENDING_STORES` were under way.
@@ -423,6 +427,8 @@ class KVCacheManager:
                 figures["restarts"] = queue.link.restarts if queue else 0
                 figures["pid"] = queue.link.pid if queue else None
                 figures["last_error"] = queue.link.last_error if queue else None
+                figures["unexpected_answers"] = queue.link.unexpected_answers if queue else 0
+                figures.update(queue.health.figures() if queue else {"health": "ok"})
                 tiers[book.name] = figures
             return {
                 "tiers": tiers,

@@ -28,6 +28,7 @@ class InlineLink:
 
     pid = None
     restarts = 0
+    unexpected_answers = 0
 
     def __init__(
         self,

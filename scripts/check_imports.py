@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
+    ("tier_health",),
     ("planner", "tier_inline", "tier_process"),
     ("tier_link", "write_through"),
     ("tier_worker", "ledger"),
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pool",),
     # what a stack says, devices, discovery of plug-ins, policies (which plug-ins may bring)
     ("config", "device", "models"),
-    ("policies", "testing.faults"),
+    ("policies", "testing.faults", "breaker"),
     ("plugins",),
     # helpers of bytes, and what a backend's author reads
     ("seal",),

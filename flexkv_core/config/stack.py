@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flexkv_core.backend import BackendConfig, BackendSpec
+from flexkv_core.breaker import BreakerConfig
 from flexkv_core.config.sizes import Capacity, Size, parse_capacity
 from flexkv_core.config.source import Path_, Source, read_source
 from flexkv_core.errors import BackendLoadError, BackendNotFoundError, PolicyError
@@ -58,6 +59,7 @@ class TierKeys(BaseModel):
     deadline_s: Annotated[float, Field(gt=0, le=86400, strict=True)] = 10.0
     write_queue: Size | None = None
     state_directory: Path | None = None
+    breaker: BreakerConfig = BreakerConfig()
     faults: FaultConfig | None = None
 
 
@@ -84,6 +86,8 @@ class TierConfig:
         admission: which of the blocks that requests offer the tier takes; the host tier takes all.
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
         deadline_s: a call of the backend that takes longer gets its process killed.
+        breaker: when a lower tier that fails is left alone.
+        faults: failures on purpose, in a lower tier.
     """
 
     backend: str
@@ -100,6 +104,7 @@ class TierConfig:
     deadline_s: float
     write_queue: int | None
     state_directory: Path | None
+    breaker: BreakerConfig
     faults: FaultConfig | None
 
 
@@ -174,6 +179,7 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         deadline_s=keys.deadline_s,
         write_queue=keys.write_queue,
         state_directory=keys.state_directory,
+        breaker=keys.breaker,
         faults=keys.faults,
     )
 
@@ -198,6 +204,12 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
             refuse(key, "this tier has no capacity and bounds itself: give it a capacity, or leave the key out")
     if hosts and "admission" in keys.model_fields_set:
         refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
+    for key in ("faults", "breaker"):
+        if hosts and key in keys.model_fields_set:
+            refuse(key, "the host tier runs no backend that could fail: give the key to a lower tier")
+    for fault in ("crash", "duplicate") if keys.faults and keys.isolation == "none" else ():
+        if getattr(keys.faults, fault):
+            refuse("faults", f"{fault} is a fault of a tier's process, and isolation: none has none: leave one out")
 
 
 def _eviction(keys: TierKeys) -> Eviction:
@@ -240,8 +252,9 @@ def _translated(source: Source, path: Path_, found: Any, known: list[str]) -> Ex
         where = where[:-1]  # pydantic adds steps for union members
     kind = found["type"]
     if kind == "extra_forbidden":
-        if where[len(path) :][0] == "faults":
-            known = list(FaultConfig.model_fields)
+        inner: dict[str | int, type[BaseModel]] = {"faults": FaultConfig, "breaker": BreakerConfig}
+        if (top := where[len(path)]) in inner:
+            known = list(inner[top].model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         return source.error(where, f"unknown key {where[-1]!r}: {hint}", at_key=True)
