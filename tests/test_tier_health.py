@@ -17,8 +17,12 @@ from leaks import nothing_held
 from test_planner import GROUPS, ROOTS, chain, make_planner
 
 from flexkv_core.breaker import BreakerConfig
+from flexkv_core.index.reference import ReferenceIndex
+from flexkv_core.layout import KVGroup
 from flexkv_core.manager import KVCacheManager
+from flexkv_core.planner import Planner
 from flexkv_core.plans import Outcome
+from flexkv_core.pool import SlotPool
 from flexkv_core.tier_book import TierBook
 from flexkv_core.tier_health import TierHealth
 
@@ -172,6 +176,32 @@ def test_lookup_and_fetch_pass_over_a_tier_that_is_away() -> None:
         "ssd": (4, {ssd.number}),
         "none": (0, set()),
     }
+
+
+def test_of_two_slot_addressed_tiers_the_other_one_gives_its_own_slot() -> None:
+    size = 8 * (4096 + 4096)
+    books = [TierBook(f"t{n}", "x", n, "slot", size, SlotPool(size, size // 2), column=n) for n in range(3)]
+    planner, root = Planner(books, ReferenceIndex(3)), ROOTS[0]
+    planner.add_model(root, (KVGroup(4096),))
+    keys = chain(root, (0, 1))
+    assert books[2].pool is not None
+    books[2].pool.allocate(0, 3)  # so that the two tiers have different slots
+    slots: dict[int, list[int]] = {}
+    for move in planner.commit_store(planner.begin_store(root, keys, np.ones((1, 2), np.bool_))):
+        write, _ = planner.down.start_write(move)
+        assert write is not None
+        assert write.tier_slots is not None
+        slots[write.tier] = write.tier_slots.tolist()
+        planner.down.finish_write(write, np.ones(2, np.bool_))
+    for seed in range(4):  # fills host memory
+        other = planner.begin_store(root, chain(root, (5 + seed, 7)), np.ones((1, 2), np.bool_))
+        for move in planner.commit_store(other):
+            planner.down.drop_write(move)
+    assert slots[1] != slots[2]
+    books[1].available = False
+    (read,) = planner.begin_fetch(root, keys).reads
+    assert read.tier_slots is not None
+    assert (read.tier, read.tier_slots.tolist()) == (2, slots[2])
 
 
 # ---------------------------------------------------------------- in a manager
