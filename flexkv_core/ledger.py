@@ -176,6 +176,23 @@ class Ledger:
                     sources[group, held] = tier.number
         return sources, slots
 
+    def reachable(self, model: Model, root: bytes, keys: Keys) -> tuple[npt.NDArray[np.int16], Slots]:
+        """As `locate`, of the tiers that can be read now."""
+        sources, slots = self.locate(model, root, keys)
+        away = [tier.number for tier in self.lower if not tier.available]
+        if not away:
+            return sources, slots
+        lost = np.isin(sources, away)
+        sources[lost], slots[lost] = NOWHERE, NO_SLOT
+        for tier in self.lower:
+            for group in np.flatnonzero(lost.any(axis=1)) if tier.available else ():
+                held = lost[group] & self.holds(tier, root, keys, int(group))
+                sources[group, held] = tier.number
+                if tier.column is not None:
+                    slots[group, held] = self.index.residency(root, keys, tier.column, int(group))[held]
+                lost[group] &= ~held
+        return sources, slots
+
     def holds(self, tier: TierBook, root: bytes, keys: Keys, group: int) -> Mask:
         """(n,) bool: which blocks of a path a tier holds, as far as we know."""
         if tier.presence is not None:

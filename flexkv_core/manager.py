@@ -130,7 +130,7 @@ class KVCacheManager:
             else InlineLink(settings, loop, self._region.buffer, changed)
         )
         limit = tier.write_queue or self._region.size // 4
-        self._scheduler.add_tier(book.number, link, limit, tier.in_flight or self._region.size // 4)
+        self._scheduler.add_tier(book.number, link, limit, tier.in_flight or self._region.size // 4, tier.breaker)
 
     # ---------------------------------------------------------------- models
 
@@ -300,7 +300,8 @@ class KVCacheManager:
             tiers: by tier name, in the stack's order, the counters of `TierBook.figures` (blocks and bytes
                 read, written, stored, evicted, hit, corrupt, failed, dropped) and of its process: `state`
                 ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
-                (None where there is none).
+                (None where there is none), `unexpected_answers`; of a lower tier also `health` ("ok", "degraded",
+                "away") and `breaker`: state of `read` and `write`, `opened`, `rejected_blocks`, `last_trouble`.
             fetches, pending_stores: under way now. pinned_fetches: not released yet; pinned_bytes: of host memory,
                 that they keep.
             truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
@@ -319,6 +320,8 @@ class KVCacheManager:
                 figures["restarts"] = queue.link.restarts if queue else 0
                 figures["pid"] = queue.link.pid if queue else None
                 figures["last_error"] = queue.link.last_error if queue else None
+                figures["unexpected_answers"] = queue.link.unexpected_answers if queue else 0
+                figures.update(queue.health.figures() if queue else {"health": "ok"})
                 tiers[book.name] = figures
             return {
                 "tiers": tiers,

@@ -91,9 +91,9 @@ class Planner:
     # ---------------------------------------------------------------- lookup
 
     def lookup(self, root: bytes, keys: Keys) -> tuple[int, int]:
-        """Return (leading blocks that some tier holds, leading blocks in host memory). Changes nothing."""
+        """Return (leading blocks that some tier can give, leading blocks in host memory). Changes nothing."""
         model = self._ledger.model(root)
-        sources = self._ledger.locate(model, root, keys)[0]
+        sources = self._ledger.reachable(model, root, keys)[0]
         coverages = model.coverages
         return (
             covered_prefix(sources != NOWHERE, coverages),
@@ -105,7 +105,7 @@ class Planner:
     def begin_fetch(self, root: bytes, keys: Keys) -> FetchPlan:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
-        sources, slots = self._ledger.locate(model, root, keys)
+        sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
         blocks = self._within_budget(model, sources[:, :held], slots[:, :held])
         self.truncated_fetches += blocks < held

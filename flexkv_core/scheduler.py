@@ -24,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.backend import PAGE, Batch, Listing, Recovered, Status
+from flexkv_core.breaker import BreakerConfig
 from flexkv_core.planner import Planner
 from flexkv_core.plans import Deletion, FetchPlan, Move, Outcome
 from flexkv_core.region import HostRegion
 from flexkv_core.seal import SealFault, verify_blocks
+from flexkv_core.tier_health import TierHealth
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import TierLink
 
@@ -44,6 +46,7 @@ class TierQueue:
     """One lower tier's traffic.
 
     Attributes:
+        health: whether it may be called, from how it has answered.
         reads, prefetches, writes: moves not yet started; in this order they are.
         write_limit: bytes that may be queued or being written: all of it is pinned in host memory.
         queued_bytes: how many are.
@@ -55,6 +58,7 @@ class TierQueue:
 
     number: int
     link: Link
+    health: TierHealth
     write_limit: int
     most_in_flight: int
     reads: deque[Move] = field(default_factory=deque)
@@ -168,9 +172,12 @@ class Scheduler:
 
     # ---------------------------------------------------------------- tiers
 
-    def add_tier(self, number: int, link: Link, write_limit: int, most_in_flight: int) -> None:
+    def add_tier(self, number: int, link: Link, write_limit: int, most_in_flight: int, breaker: BreakerConfig) -> None:
         """Take over a lower tier's link and start it; limits in bytes, see `TierQueue`."""
-        self._queues[number] = TierQueue(number, link, write_limit, most_in_flight)
+        slow_s = breaker.slow_s or link.settings.deadline_s / 2
+        book = self._planner.tiers[number]
+        health = TierHealth(book, link, breaker, slow_s, self.loop.call_later, self._lock)
+        self._queues[number] = TierQueue(number, link, health, write_limit, most_in_flight)
         link.start()
 
     def queues(self) -> dict[int, TierQueue]:
@@ -182,6 +189,7 @@ class Scheduler:
         queue = self._queues.get(number)
         if queue is None:
             return
+        queue.health.link_changed()
         if link.state == "ready":
             self._list(queue)
             self._recover(queue)
@@ -274,7 +282,8 @@ class Scheduler:
         """Queue writes; what a full queue or an absent tier cannot take is dropped."""
         for move in writes:
             queue = self._queues[move.tier]
-            if queue.link.state not in ("ready", "starting"):
+            if queue.link.state not in ("ready", "starting") or not queue.health.takes("write"):
+                queue.health.rejected_blocks += len(move)
                 with self._lock:
                     self._planner.down.drop_write(move)
                 continue
@@ -332,10 +341,15 @@ class Scheduler:
         return move
 
     def _start_read(self, queue: TierQueue, move: Move) -> None:
+        call = queue.health.begin("read", len(move))
+        if call is None:
+            self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
+            return
         queue.in_flight += 1
         queue.in_flight_bytes += move.nbytes
 
         def done(statuses: npt.NDArray[np.uint8]) -> None:
+            call.answered()
             queue.in_flight -= 1
             queue.in_flight_bytes -= move.nbytes
             queue.settling += 1
@@ -350,6 +364,7 @@ class Scheduler:
             if outcome is None:
                 logger.error("verifying blocks failed", exc_info=error)
                 outcome = np.full(len(move), Outcome.FAILED, np.uint8)
+            queue.health.end(call, outcome)
             self._settle(queue, move, outcome)
             self._wake_idle()
 
@@ -379,6 +394,9 @@ class Scheduler:
         self.on_read(move)
 
     def _start_write(self, queue: TierQueue, move: Move) -> None:
+        if not queue.health.takes("write"):
+            self._reject_write(queue, move)
+            return
         with self._lock:
             started, deletion = self._planner.down.start_write(move)
         queue.queued_bytes -= move.nbytes - (started.nbytes if started is not None else 0)
@@ -390,6 +408,7 @@ class Scheduler:
                 self._delete(queue, deletion, lambda ok: None)
             return
         write: Move = started
+        call = queue.health.begin("write", len(write))
         queue.in_flight += 1
         queue.in_flight_bytes += write.nbytes
 
@@ -400,6 +419,9 @@ class Scheduler:
                 done(np.full(len(write), Status.FAILED, np.uint8))
 
         def done(statuses: npt.NDArray[np.uint8]) -> None:
+            if call is not None:
+                call.answered()
+                queue.health.end(call, statuses)
             queue.in_flight -= 1
             queue.in_flight_bytes -= write.nbytes
             queue.queued_bytes -= write.nbytes
@@ -415,6 +437,14 @@ class Scheduler:
             room_made(True)
         else:
             self._delete(queue, deletion, room_made)
+
+    def _reject_write(self, queue: TierQueue, move: Move) -> None:
+        """Drop a queued write that the tier must not be asked for, with its descendants."""
+        queue.health.rejected_blocks += len(move)
+        queue.queued_bytes -= move.nbytes
+        with self._lock:
+            self._planner.down.drop_write(move)
+        self._drop_descendants(queue, move)
 
     def _drop_descendants(self, queue: TierQueue, failed: Move) -> None:
         """Drop queued writes that continue a prefix whose block did not reach the tier."""
@@ -458,7 +488,7 @@ class Scheduler:
 
     def _remove(self, queue: TierQueue, corrupt: Deletion) -> None:
         """Have the tier delete corrupt copies; they are out of its record already."""
-        if "delete" not in queue.link.powers:
+        if "delete" not in queue.link.powers or not queue.health.takes("write"):
             return
 
         def removed(statuses: npt.NDArray[np.uint8]) -> None:

@@ -50,6 +50,7 @@ class TierBook:
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
         debris_bytes: corrupt copies there, out of the record but not yet deleted.
         generation: grows when the tier's medium is lost; moves of an older one no longer count.
+        available: what it holds can be read now; the scheduler says so. Lookups promise nothing of a tier that is away.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TierBook:
     reserved_bytes: int = 0
     debris_bytes: int = 0
     generation: int = 0
+    available: bool = True
 
     @property
     def used_bytes(self) -> int:

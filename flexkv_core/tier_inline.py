@@ -28,6 +28,7 @@ class InlineLink:
 
     pid = None
     restarts = 0
+    unexpected_answers = 0
 
     def __init__(
         self,
@@ -130,7 +131,8 @@ class InlineLink:
     async def close(self, deadline_s: float) -> None:
         """Close the backend; returns at the deadline if it does not return before."""
         self.state = "closed"
-        worker = self._worker
+        worker, self._worker = self._worker, None
+        self._host = memoryview(b"")  # the region is unmapped when nobody shows it any more
         if worker is None:
             return
         closed = asyncio.Event()

@@ -130,26 +130,13 @@ class TierLink:
         if self.state == "closed":
             return
         self.state = "starting"
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        argv = [sys.executable, "-m", "flexkv_core.tier_process"]
-        argv += [str(theirs.fileno()), str(self._region_fd), str(os.getpid())]
         try:
-            popen = subprocess.Popen(
-                argv,
-                pass_fds=(theirs.fileno(), self._region_fd),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:
-            ours.close()
+            self._process = _spawn(self._region_fd)
+        except OSError as error:  # no descriptor, process or memory to be had now
             self._failed(f"its process could not be started: {error}")
             return
-        finally:
-            theirs.close()
-        self._process = _Process(popen, os.pidfd_open(popen.pid), ours)
         self._loop.add_reader(self._process.pidfd, self._reap, self._process)
-        self._loop.add_reader(ours.fileno(), self._receive, self._process)
+        self._loop.add_reader(self._process.socket.fileno(), self._receive, self._process)
         settings = self.settings
         self._send(
             wire.Start(
@@ -393,6 +380,31 @@ class TierLink:
         self._kill("closing")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._gone), 1.0)
+
+
+def _spawn(region_fd: int) -> _Process:
+    """Start a tier process that inherits the region and its end of a socket. Raises OSError and leaves nothing."""
+    ours, theirs = socket.socketpair()
+    try:
+        ours.setblocking(False)
+        argv = [sys.executable, "-m", "flexkv_core.tier_process", str(theirs.fileno()), str(region_fd)]
+        popen = subprocess.Popen(
+            [*argv, str(os.getpid())],
+            pass_fds=(theirs.fileno(), region_fd),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return _Process(popen, os.pidfd_open(popen.pid), ours)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
 
 
 def _spelled(code: int) -> str:

@@ -103,7 +103,8 @@ def _serve(worker: TierWorker, channel: _Channel, messages: Iterator[ToTier]) ->
             answer = np.array([worker.probe(batch)], np.int32).tobytes()
         else:
             answer = worker.run(call.operation, batch).tobytes()
-        channel.send(Done(call.number, answer))
+        for _ in range(worker.answers()):
+            channel.send(Done(call.number, answer))
 
     pool = concurrent.futures.ThreadPoolExecutor(worker.capabilities.concurrency, "flexkv-backend")
     for message in messages:

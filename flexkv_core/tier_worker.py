@@ -30,7 +30,7 @@ from flexkv_core.backend import (
     SupportsRecover,
 )
 from flexkv_core.plugins import load_backend
-from flexkv_core.testing.faults import wrap
+from flexkv_core.testing.faults import FaultyBackend, wrap
 
 POWERS: dict[str, type] = {
     "probe": SupportsProbe,
@@ -80,6 +80,10 @@ class TierWorker:
         except Exception:
             self._logger.exception("%s of %d blocks failed", operation, len(batch))
             return np.full(len(batch), Status.FAILED, np.uint8)
+
+    def answers(self) -> int:
+        """How often the answer to the call that this thread has just run is sent: once, but for a fault on purpose."""
+        return self.backend.answers() if isinstance(self.backend, FaultyBackend) else 1
 
     def probe(self, batch: Batch) -> int:
         """How many leading blocks are held; 0 if the backend cannot say."""

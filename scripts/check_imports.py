@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
+    ("tier_health",),
     ("planner", "tier_inline", "tier_process"),
     ("tier_link", "write_through", "recovery"),
     ("tier_worker", "ledger"),
@@ -38,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model_groups",),
     # what a stack says, devices, discovery of plug-ins, policies (which plug-ins may bring)
     ("config", "device", "models"),
-    ("policies", "testing.faults"),
+    ("policies", "testing.faults", "breaker"),
     ("plugins",),
     # what a backend's author reads, and helpers of bytes
     ("backend",),

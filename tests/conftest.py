@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from index_examples import INDEXES, MakeIndex, add
+from leaks import Leaks, no_leaks
 
 from flexkv_core import plugins
 from flexkv_core.index import Index
@@ -50,6 +51,13 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     plugins.forget_loaded()
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def leak_check() -> Iterator[Leaks]:
+    """Fails the test at its end if it leaves descriptors, threads, children or shared memory behind."""
+    with no_leaks() as leaks:
+        yield leaks
 
 
 @pytest.fixture(params=INDEXES, ids=lambda made: made.__name__)

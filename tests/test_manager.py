@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import SLOT_BYTES, Engine, prompt, stack
+from leaks import nothing_held
 
 from flexkv_core.errors import (
     KeyInputError,
@@ -21,6 +22,8 @@ from flexkv_core.errors import (
 )
 from flexkv_core.layout import KVGroup, ModelSpec
 from flexkv_core.manager import KVCacheManager
+
+pytestmark = pytest.mark.usefixtures("leak_check")
 
 
 def wait_ready(manager: KVCacheManager, tier: str = "directory", timeout_s: float = 20.0) -> None:
@@ -156,6 +159,7 @@ def test_killing_the_tier_process_loses_no_committed_block_and_it_comes_back(tmp
         wait_ready(manager)
         assert manager.stats()["tiers"]["directory"]["pid"] != before
         assert engine.load(engine.keys(prompt(0, 8))) == (8, 0, {"cpu": 0, "directory": 8})
+        nothing_held(manager)
 
 
 def test_a_fetch_past_its_deadline_is_done_with_what_is_in_hand(tmp_path: Path) -> None:
@@ -203,6 +207,7 @@ def test_pinned_blocks_are_not_evicted_and_a_store_without_room_is_cut(tmp_path:
         fetch.release()
         assert engine.load(keys)[:2] == (12, 0)
         assert engine.store(engine.keys(prompt(2, 8))) == 8
+        nothing_held(manager)
 
 
 def test_namespaces_do_not_mix(tmp_path: Path) -> None:
@@ -244,19 +249,3 @@ def test_bad_calls_say_what_is_wrong(tmp_path: Path) -> None:
     with KVCacheManager.open(stack(tmp_path / "other")) as manager, pytest.raises(UnknownNamespaceError):
         manager.lookup(engine.namespace, keys)
     manager.close()
-
-
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    def resources() -> tuple[int, int]:
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        return len(os.listdir("/proc/self/fd")), len(children)
-
-    with KVCacheManager.open(stack(tmp_path)) as manager:
-        Engine(manager)
-    before = resources()
-    for _ in range(3):
-        with KVCacheManager.open(stack(tmp_path)) as manager:
-            engine = Engine(manager)
-            engine.store(engine.keys(prompt(1, 4)))
-            os.kill(manager.stats()["tiers"]["directory"]["pid"], signal.SIGKILL)
-    assert resources() == before

@@ -117,6 +117,7 @@ def tier_processes() -> list[int]:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("leak_check")
 def test_kill_9_of_the_tier_process_at_random_times(tmp_path: Path) -> None:
     soak = bool(os.environ.get("FLEXKV_SOAK"))
     kills, limit = (100, "4000") if soak else (5, "250")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flexkv_core.backend import BackendConfig, BackendSpec
+from flexkv_core.breaker import BreakerConfig
 from flexkv_core.config.places import Path_, Source, is_reference, masked, show
 from flexkv_core.config.secrets import is_secret_field, is_secret_name, mask_by_type
 from flexkv_core.config.sizes import Capacity, Size, parse_capacity
@@ -67,6 +68,7 @@ class TierKeys(BaseModel):
     write_queue: Size | None = None
     in_flight: Size | None = None
     state_directory: Path | None = None
+    breaker: BreakerConfig = BreakerConfig()
     faults: FaultConfig | None = None
 
 
@@ -97,6 +99,8 @@ class TierConfig:
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
         in_flight: bytes that calls under way may move; None: a quarter of host memory.
         deadline_s: a call of the backend that takes longer gets its process killed.
+        breaker: when a lower tier that fails is left alone.
+        faults: failures on purpose, in a lower tier.
         written: the tier's keys for eyes: references as `${NAME}`, secrets masked. The repr has these.
     """
 
@@ -115,6 +119,7 @@ class TierConfig:
     write_queue: int | None
     in_flight: int | None
     state_directory: Path | None = field(repr=False)
+    breaker: BreakerConfig
     faults: FaultConfig | None
     written: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -202,6 +207,7 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         write_queue=keys.write_queue,
         in_flight=keys.in_flight,
         state_directory=keys.state_directory,
+        breaker=keys.breaker,
         faults=keys.faults,
         written=written,
     )
@@ -237,6 +243,12 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
             refuse(key, "no backend runs for the host tier, its blocks lie in the core's memory: leave the key out")
     if hosts and "admission" in keys.model_fields_set:
         refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
+    for key in ("faults", "breaker"):
+        if hosts and key in keys.model_fields_set:
+            refuse(key, "the host tier runs no backend that could fail: give the key to a lower tier")
+    for fault in ("crash", "duplicate") if keys.faults and keys.isolation == "none" else ():
+        if getattr(keys.faults, fault):
+            refuse("faults", f"{fault} is a fault of a tier's process, and isolation: none has none: leave one out")
 
 
 def _eviction(keys: TierKeys) -> Eviction:
@@ -280,8 +292,9 @@ def _translated(source: Source, path: Path_, model: type[BaseModel], found: Any,
     while source.at(where) is None and len(where) > len(path) + 1 and where not in source.values:
         where = where[:-1]  # pydantic adds steps for union members
     if kind == "extra_forbidden":
-        if where[len(path) :][0] == "faults":
-            known = list(FaultConfig.model_fields)
+        inner: dict[str | int, type[BaseModel]] = {"faults": FaultConfig, "breaker": BreakerConfig}
+        if (top := where[len(path)]) in inner:
+            known = list(inner[top].model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         return source.error(where, f"unknown key {show(where[-1])}: {hint}", at_key=True)

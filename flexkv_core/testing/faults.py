@@ -1,22 +1,26 @@
 """Faults on purpose: a decorator around any backend, also from a stack's `faults:` key.
 
 What it can prove: that the core notices, counts and survives what storage does wrong. What it cannot: that a real
-medium fails in these ways only. Draws come from one seeded generator, in the order of the calls.
+medium fails in these ways only. The nth call of an operation since the backend was opened draws from a generator of
+its own, seeded by the config's seed, the operation and n: other operations and threads do not change what happens.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexkv_core.backend import (
+    PAGE,
     Backend,
     Batch,
     Listing,
@@ -29,17 +33,31 @@ from flexkv_core.backend import (
     SupportsRecover,
 )
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Operation = Literal["open", "read", "write", "probe", "delete", "list"]
-ALL_OPERATIONS: tuple[Operation, ...] = ("open", "read", "write", "probe", "delete", "list")
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Operation = Literal["open", "read", "write", "probe", "delete", "list", "close"]
 
 
 class FaultConfig(BaseModel):
     """What goes wrong, and how often.
 
-    Probabilities a call: error (it raises), delay (it takes delay_s longer), hang (it never returns), crash (the
-    process aborts). Probabilities a block: corrupt (one byte of what was read is flipped), short (only the first
-    half is read, reported OK), lost (not written, reported OK).
+    Attributes:
+        seed: of all draws.
+        error: probability a call: it raises.
+        delay, delay_s: a call: it takes `delay_s` longer.
+        hang: a call: it never returns.
+        crash: a call: the process aborts.
+        duplicate: a read, write or delete: its answer is sent twice (needs a tier process).
+        miscount: a read, write or delete: it returns one status too many or too few.
+        corrupt: a block: one bit of what was read is flipped.
+        short: a block: only the first half is read, reported OK.
+        stray: a block: reading it also changes the byte behind it in host memory, which belongs to another block.
+            Nothing can tell the core; see "Shared memory" in docs/design.md.
+        lost: a block: not written, reported OK.
+        short_write: a block: only the first half is written, reported OK.
+        after: calls since the backend was opened that go well before anything fails.
+        before: if given, from this call on all goes well again.
+        operations: which fail.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,15 +65,38 @@ class FaultConfig(BaseModel):
     seed: int = 0
     error: Probability = 0.0
     delay: Probability = 0.0
-    delay_s: Annotated[float, Field(ge=0)] = 0.1
+    delay_s: Annotated[float, Field(ge=0, le=86400, strict=True)] = 0.1
     hang: Probability = 0.0
     crash: Probability = 0.0
+    duplicate: Probability = 0.0
+    miscount: Probability = 0.0
     corrupt: Probability = 0.0
     short: Probability = 0.0
+    stray: Probability = 0.0
     lost: Probability = 0.0
-    after: Annotated[int, Field(ge=0)] = 0
-    """Calls that go well before anything fails."""
+    short_write: Probability = 0.0
+    after: Count = 0
+    before: Count | None = None
     operations: tuple[Operation, ...] = ("read", "write", "probe", "delete")
+
+
+class _Dice:
+    """The draws of one call; none where nothing fails."""
+
+    def __init__(self, config: FaultConfig, name: str, *, active: bool) -> None:
+        self._config = config
+        self._random = random.Random(name) if active else None
+
+    def falls(self, fault: str) -> bool:
+        """A fault happens. What has no probability draws nothing, so that adding a fault moves no other."""
+        odds: float = getattr(self._config, fault)
+        return self._random is not None and odds > 0 and self._random.random() < odds
+
+    def falls_for(self, fault: str, blocks: int) -> npt.NDArray[np.bool_]:
+        return np.array([self.falls(fault) for _ in range(blocks)], np.bool_)
+
+    def below(self, stop: int) -> int:
+        return self._random.randrange(stop) if self._random is not None else 0
 
 
 class FaultyBackend(Backend):
@@ -64,9 +105,10 @@ class FaultyBackend(Backend):
     def __init__(self, inner: Backend, config: FaultConfig) -> None:
         self._inner = inner
         self._config = config
-        self._random = random.Random(config.seed)
         self._lock = threading.Lock()
-        self._calls = 0
+        self._calls = itertools.count()
+        self._counts: dict[Operation, int] = {}
+        self._thread = threading.local()
         self.capabilities = inner.capabilities
 
     def open(self, context: OpenContext) -> None:
@@ -75,91 +117,100 @@ class FaultyBackend(Backend):
         self._inner.open(context)
 
     def read(self, batch: Batch) -> Sequence[Status]:
-        active = self._trouble("read")
+        dice = self._trouble("read")
         statuses = list(self._inner.read(batch))
-        if active:
-            for number, status in enumerate(statuses):
-                if status == Status.OK:
-                    self._damage(int(batch.offsets[number]), int(batch.lengths[number]))
-        return statuses
+        for status, offset, length in zip(statuses, batch.offsets.tolist(), batch.lengths.tolist(), strict=True):
+            if status == Status.OK:
+                self._damage(dice, offset, length)
+        return self._miscounted(dice, statuses)
 
     def write(self, batch: Batch) -> Sequence[Status]:
-        active = self._trouble("write")
-        lost = np.array([active and self._draw(self._config.lost) for _ in range(len(batch))], np.bool_)
+        dice = self._trouble("write")
+        lost = dice.falls_for("lost", len(batch))
+        half = dice.falls_for("short_write", len(batch))
+        lengths = np.where(half, np.maximum(batch.lengths // 2 // PAGE * PAGE, PAGE), batch.lengths)
         statuses = [Status.OK] * len(batch)
         kept = np.flatnonzero(~lost)
         if len(kept):
             slots = None if batch.slots is None else batch.slots[kept]
-            part = Batch(batch.keys[kept], batch.groups[kept], batch.offsets[kept], batch.lengths[kept], slots)
+            part = Batch(batch.keys[kept], batch.groups[kept], batch.offsets[kept], lengths[kept], slots)
             for number, status in zip(kept.tolist(), self._inner.write(part), strict=True):
                 statuses[number] = status
-        return statuses
+        return self._miscounted(dice, statuses)
 
     def close(self) -> None:
+        self._trouble("close")
         self._inner.close()
 
-    def _draw(self, probability: float) -> bool:
-        with self._lock:
-            return probability > 0 and self._random.random() < probability
+    def answers(self) -> int:
+        """How often the tier process is to send the answer of the call that this thread ran last."""
+        return int(getattr(self._thread, "answers", 1))
 
-    def _trouble(self, operation: Operation) -> bool:
-        """Do what goes wrong with a whole call; returns whether faults are on for it."""
+    def _trouble(self, operation: Operation) -> _Dice:
+        """Do what goes wrong with a whole call; returns the draws for its blocks."""
         config = self._config
         with self._lock:
-            self._calls += 1
-            active = operation in config.operations and self._calls > config.after
-        if not active:
-            return False
-        if self._draw(config.crash):
+            call = next(self._calls)
+            count = self._counts[operation] = self._counts.get(operation, 0) + 1
+        active = operation in config.operations and call >= config.after
+        active = active and (config.before is None or call < config.before)
+        dice = _Dice(config, f"{config.seed}/{operation}/{count}", active=active)
+        self._thread.answers = 1
+        if dice.falls("crash"):
             os.abort()
-        if self._draw(config.hang):
+        if dice.falls("hang"):
             threading.Event().wait()
-        if self._draw(config.delay):
+        if dice.falls("delay"):
             time.sleep(config.delay_s)
-        if self._draw(config.error):
+        if operation in ("read", "write", "delete") and dice.falls("duplicate"):
+            self._thread.answers = 2
+        if dice.falls("error"):
             raise OSError(f"fault on purpose in {operation}")
-        return True
+        return dice
 
-    def _damage(self, offset: int, length: int) -> None:
-        if self._draw(self._config.corrupt):
-            with self._lock:
-                # Of a seal's page only the head means anything, so flip a byte in front of it or in its head.
-                at = offset + self._random.randrange(length - 4096 if length > 4096 else length)
-                self._host[at] ^= 1 << self._random.randrange(8)
-        if self._draw(self._config.short):
+    def _damage(self, dice: _Dice, offset: int, length: int) -> None:
+        if dice.falls("corrupt"):
+            # Of a seal's page only the head means anything, so flip a bit in front of it or in its head.
+            at = offset + dice.below(length - PAGE if length > PAGE else length)
+            self._host[at] ^= 1 << dice.below(8)
+        if dice.falls("short"):
             half = length // 2
             self._host[offset + half : offset + length] = bytes(length - half)
+        if dice.falls("stray") and offset + length < len(self._host):
+            self._host[offset + length] ^= 0xFF
+
+    @staticmethod
+    def _miscounted(dice: _Dice, statuses: Sequence[Status]) -> Sequence[Status]:
+        if not dice.falls("miscount"):
+            return statuses
+        return [*statuses, Status.OK] if dice.below(2) else statuses[:-1]
 
 
-class _Probing:
+class _Probing(FaultyBackend):
     _inner: Any
-    _trouble: Callable[[Operation], bool]
 
     def probe(self, batch: Batch) -> int:
         self._trouble("probe")
         return int(self._inner.probe(batch))
 
 
-class _Deleting:
+class _Deleting(FaultyBackend):
     _inner: Any
-    _trouble: Callable[[Operation], bool]
 
     def delete(self, batch: Batch) -> Sequence[Status]:
-        self._trouble("delete")
-        statuses: Sequence[Status] = self._inner.delete(batch)
-        return statuses
+        dice = self._trouble("delete")
+        return self._miscounted(dice, list(self._inner.delete(batch)))
 
 
-class _Listing:
+class _Listing(FaultyBackend):
     _inner: Any
-    _trouble: Callable[[Operation], bool]
 
     def list(self) -> Iterator[Listing]:
         self._trouble("list")
         yield from self._inner.list()
 
 
-class _Recovering:
+class _Recovering(FaultyBackend):
     _inner: Any
 
     def recover(self) -> Iterator[Recovered]:
@@ -172,13 +223,12 @@ def wrap(backend: Backend, faults: Mapping[str, Any] | FaultConfig) -> Backend:
     Raises pydantic.ValidationError for a config that is not one.
     """
     config = faults if isinstance(faults, FaultConfig) else FaultConfig.model_validate(faults)
-    bases: list[type] = [FaultyBackend]
-    powers: tuple[tuple[type, type], ...] = (
+    powers: tuple[tuple[type, type[FaultyBackend]], ...] = (
         (SupportsProbe, _Probing),
         (SupportsDelete, _Deleting),
         (SupportsList, _Listing),
         (SupportsRecover, _Recovering),
     )
-    bases += [mixin for power, mixin in powers if isinstance(backend, power)]
-    made: Backend = type("FaultyBackend", tuple(bases), {})(backend, config)
+    bases = [mixin for power, mixin in powers if isinstance(backend, power)]
+    made: Backend = type("FaultyBackend", tuple(bases or [FaultyBackend]), {})(backend, config)
     return made
