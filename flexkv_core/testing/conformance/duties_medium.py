@@ -109,7 +109,6 @@ class MediumDuties(Suite):
             effect |= self._damaged(opened, damaged, whole, how, " and a restart")
             if not effect:
                 pytest.fail(f"damage({how!r}) has damaged nothing: all blocks are read whole, even after a restart")
-        opened.safe(damaged, "damage")
         if "list" in opened.tier.powers:
             opened.list()
         opened.store(damaged)
