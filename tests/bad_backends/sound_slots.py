@@ -4,7 +4,7 @@ import os
 import threading
 
 import numpy as np
-from sound import Config, plugin
+from sound import plugin
 
 import flexkv_core.backend as fk
 

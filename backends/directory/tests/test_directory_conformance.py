@@ -57,4 +57,3 @@ class TestDirectoryConformance(BackendConformance):
 
     def medium_throughput(self, directory: Path) -> tuple[float, float]:
         return file_throughput(directory)
-
