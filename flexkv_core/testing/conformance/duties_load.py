@@ -6,24 +6,31 @@ import gc
 import os
 import random
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import flexkv_core
 from flexkv_core.backend import PAGE, Batch, Status
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, batch_of, content, difference
 from flexkv_core.testing.conformance.duties_data import DataDuties
 from flexkv_core.testing.conformance.opened import MISSING, OK, Opened
 from flexkv_core.testing.conformance.tier import DiedError, descriptors, session_members, shared_memory, threads, within
+from flexkv_core.tier_link import Operation
 
 Call = Callable[[str, Batch], Any]
 MAX_THREADS = 16
-LENGTHS = (SMALLEST, SMALLEST, SMALLEST, 3 * PAGE, 3 * PAGE, 16 * PAGE)
+_STDLIB = sysconfig.get_path("stdlib")
+_NOT_TRACED = (str(Path(flexkv_core.__file__).parent), _STDLIB, "<frozen")
+LENGTHS = (*[SMALLEST] * 8, 3 * PAGE, 3 * PAGE, 16 * PAGE)
 MOST = 32
 """Blocks of one thread: enough for calls long enough to overlap."""
 
@@ -43,16 +50,42 @@ class _Worker:
         self.held: set[StoredBlock] = set()
         self.expected = {block: content(block) for block in blocks}
         self.by_slot = False
+        self.interrupted = False
         self.error: Exception | None = None
 
     def run(self, steps: int, operations: tuple[str, ...]) -> None:
+        if self.interrupted:
+            sys.settrace(self._trace)
         try:
             for _ in range(steps):
                 chosen = self.random.sample(self.blocks, self.random.randint(1, len(self.blocks)))
                 getattr(self, self.random.choice(operations))(chosen)
             self.read(self.blocks)
+            self.storm(4 * steps)
         except Exception as error:
             self.error = error
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        """Now and then, between two lines of the backend's own Python, the other threads run."""
+        if event == "line" and self.random.random() < 1 / 16:
+            time.sleep(1e-6)
+        file = frame.f_code.co_filename
+        return None if file.startswith(_NOT_TRACED) and "-packages" not in file[len(_STDLIB) :] else self._trace
+
+    def storm(self, rounds: int) -> None:
+        """Nothing but calls, one upon the other, so that they overlap; now and then a write of what is there."""
+        self.write(self.blocks)
+        batch = self._batch(self.blocks)
+        place = self.host[self.start : self.start + int(batch.lengths.sum())]
+        expected = np.concatenate([self.expected[block] for block in self.blocks])
+        for number in range(rounds):
+            if number % 8 == 7:
+                place[:] = expected
+                self.call("write", batch)
+            place[:] = 0xA5
+            if any(status != OK for status in self.call("read", batch)) or not np.array_equal(place, expected):
+                self.read(self.blocks)
+                raise _WrongError("a batch of blocks whose writes were answered OK was read wrong or not at all, once")
 
     def _batch(self, blocks: list[StoredBlock]) -> Batch:
         offsets = self.start + np.cumsum([0, *(block.length for block in blocks[:-1])], dtype=np.int64)
@@ -128,7 +161,7 @@ class LoadDuties(DataDuties):
         )
 
     def test_concurrency_with_threads_that_switch_often(self) -> None:
-        """The same in this process, where Python is made to switch threads at every opportunity."""
+        """The same in this process, where Python is made to switch threads all the time, also between two lines."""
         self.duty = "concurrency"
         host = np.zeros(self.region_bytes, np.uint8)
         backend = self.in_process(memoryview(host))  # type: ignore[arg-type]
@@ -164,6 +197,7 @@ class LoadDuties(DataDuties):
             blocks = [self.block(self.random.choice(LENGTHS), group=number % 3) for _ in range(most)]
             worker = _Worker(blocks, call, host, number * part, self.random.randrange(1 << 30))
             worker.by_slot = self.spec.addressing == "slot"
+            worker.interrupted = opened is None
             workers.append(worker)
         rounds = steps * (10 if self.soak else 1)
         running = [threading.Thread(target=w.run, args=(rounds, operations), daemon=True) for w in workers]
@@ -195,14 +229,12 @@ class LoadDuties(DataDuties):
         for block, offset in zip(blocks, batch.offsets.tolist(), strict=True):
             opened.host.put(offset, content(block))
         most = min(tier.capabilities.max_batch_blocks, max(1, count // tier.capabilities.concurrency))
-        pieces = [
-            Batch(*(None if array is None else array[at : at + most] for array in _arrays(batch)))
-            for at in range(0, count, most)
-        ]
+        pieces = [_part(batch, slice(at, at + most)) for at in range(0, count, most)]
         figures: dict[str, float] = {}
-        for operation in ("write", "read"):
+        operations: tuple[Operation, ...] = ("write", "read")
+        for operation in operations:
             begun = time.perf_counter()
-            answers = tier.settle([tier.begin(operation, piece) for piece in pieces])  # type: ignore[arg-type]
+            answers = tier.settle([tier.begin(operation, piece) for piece in pieces])
             figures[operation] = count * size / 1e6 / max(time.perf_counter() - begun, 1e-9)
             if not all((answer == OK).all() for answer in answers):
                 self.broken("throughput", f"a {operation} was not answered OK: {tier.last_error or ''}", tier)
@@ -284,5 +316,6 @@ class LoadDuties(DataDuties):
             self.broken("leaks", f"shared memory is left after close: {sorted(mine)}")
 
 
-def _arrays(batch: Batch) -> tuple[npt.NDArray[Any] | None, ...]:
-    return batch.keys, batch.groups, batch.offsets, batch.lengths, batch.slots
+def _part(batch: Batch, rows: slice) -> Batch:
+    slots = None if batch.slots is None else batch.slots[rows]
+    return Batch(batch.keys[rows], batch.groups[rows], batch.offsets[rows], batch.lengths[rows], slots)

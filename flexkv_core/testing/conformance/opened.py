@@ -26,8 +26,8 @@ from flexkv_core.testing.conformance.blocks import (
 from flexkv_core.testing.conformance.tier import DiedError, ListingFailedError, Tier
 
 if TYPE_CHECKING:
-    from flexkv_core.tier_link import Operation
     from flexkv_core.testing.conformance.suite import Suite
+    from flexkv_core.tier_link import Operation
 
 OK, MISSING, FAILED = Status.OK, Status.MISSING, Status.FAILED
 
