@@ -43,7 +43,8 @@ $(VENV)/.run: $(VENV)/.built requirements/run.txt
 	$(PIP) install -q -r requirements/run.txt
 	touch $@
 
-$(VENV)/.test: $(VENV)/.run requirements/test.txt scripts/install_torch.sh
+$(VENV)/.test: $(VENV)/.run requirements/test.txt scripts/install_torch.sh examples/redis_backend/pyproject.toml
 	$(PIP) install -q -r requirements/test.txt
 	bash scripts/install_torch.sh $(BIN)/python
+	$(PIP) install -q --no-build-isolation -e examples/redis_backend
 	touch $@

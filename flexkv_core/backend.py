@@ -13,60 +13,67 @@ backend's name and whose value is a module (or object) with a pluggy hook::
 - *Life.* ``open`` is called once, before anything else; ``close`` once, after the last call has been made. A
   backend is not opened again after ``close`` or after an ``open`` that raised: a new one is made.
 - *Process.* A backend lives in a process of its own (unless ``isolation: none``), on Linux, with no engine's code
-  beside it; it may block, crash or leak there. stdout is stderr in it: a ``print`` reaches no engine's output. SIGINT is
-  ignored. When its parent dies, it is killed.
-- *Threads.* ``open``, ``close`` and the calls come from different threads. At most ``capabilities.concurrency`` calls of
-  ``read``, ``write``, ``probe``, ``delete`` and ``list`` run at a time, each on one thread until it returns.
+  beside it; it may block, crash or leak there. stdout is stderr in it: a ``print`` reaches no engine's output.
+  SIGINT is ignored. When its parent dies, it is killed.
+- *Threads.* ``open``, ``close`` and the calls come from different threads. At most ``capabilities.concurrency``
+  calls of ``read``, ``write``, ``probe``, ``delete`` and ``list`` run at a time, each on one thread until it
+  returns.
 - *Batches.* 1 to ``capabilities.max_batch_blocks`` blocks a call. No batch names one (key, group), one place in the
-  host region or one slot twice. Its arrays are read-only and C-contiguous, and are the call's alone: keep a copy of what is to
-  outlive it.
-- *Places.* A block is opaque bytes in the host region: ``lengths[i]`` bytes from ``offsets[i]``. Both are multiples of
-  `PAGE`, and the region starts on a page, so the same bytes serve ``O_DIRECT``, RDMA registration and HTTP. A length
-  is at least 2 pages (payload and seal); one batch may mix lengths; offsets are in no order. Until the call has returned, nobody else
-  writes those bytes, and for a read nobody looks at them; if the call never returns, until the process is dead.
+  host region or one slot twice. Its arrays are read-only and C-contiguous, and are the call's alone: keep a copy of
+  what is to outlive it.
+- *Places.* A block is opaque bytes in the host region: ``lengths[i]`` bytes from ``offsets[i]``. Both are multiples
+  of `PAGE`, and the region starts on a page, so the same bytes serve ``O_DIRECT``, RDMA registration and HTTP. A
+  length is at least 2 pages (payload and seal); one batch may mix lengths; offsets are in no order. Until the call
+  has returned, nobody else writes those bytes, and for a read nobody looks at them; if the call never returns,
+  until the process is dead.
 - *Content.* The core has sealed the block before ``write`` and verifies the seal after ``read``: a backend cannot
-  return wrong bytes unnoticed, only lose blocks. A (key, group) is only ever written with one content and one length.
-- *Order.* Writes of one (key, group) are never concurrent with each other or with its ``delete``; nor are those of one slot.
-  A read of a block that is being written or deleted may come at any time, and may be answered MISSING or FAILED.
-- *Slots* (slot-addressed): within ``OpenContext.capacity``, never overlapping for blocks that are held. A slot is written again
-  without a word when its block was evicted.
-- *Deadlines.* A call that exceeds the tier's deadline (``deadline``, 10 s by default), or an ``open`` or ``list`` that exceeds the
-  opening deadline (60 s), gets the process killed and restarted with back-off. ``close`` is given a few seconds, then
-  the process is killed. So whatever `close` does for tidiness may be left undone at any time.
+  return wrong bytes unnoticed, only lose blocks. A (key, group) is only ever written with one content and one
+  length.
+- *Order.* Writes of one (key, group) are never concurrent with each other or with its ``delete``; nor are those of
+  one slot. A read of a block that is being written or deleted may come at any time, and may be answered MISSING or
+  FAILED.
+- *Slots* (slot-addressed): within ``OpenContext.capacity``, never overlapping for blocks that are held. A slot is
+  written again without a word when its block was evicted.
+- *Deadlines.* A call that exceeds the tier's deadline (``deadline``, 10 s by default), or an ``open`` or ``list``
+  that exceeds the opening deadline (60 s), gets the process killed and restarted with back-off. ``close`` is given
+  a few seconds, then the process is killed. So whatever `close` does for tidiness may be left undone at any time.
 
 **What the author owes**
 
 - *Answers.* One `Status` a block, in the batch's order. Raising is the same as FAILED for the whole batch.
 - *OK for a read* only when all ``lengths[i]`` bytes have been put in their place. OK for less is never right, also
   when the stored block is shorter or was cut short.
-- *OK for a write* only when all its bytes would be returned by a read that starts later; in a persistent
-  backend, also by one after the process is killed with SIGKILL. (After a power loss too if it says so.) The source's bytes
+- *OK for a write* only when all its bytes would be returned by a read that starts later; in a persistent backend,
+  also by one after the process is killed with SIGKILL. (After a power loss too if it says so.) The source's bytes
   are not looked at after the call has returned.
-- *MISSING* for a read of what the backend does not hold (key-addressed; a slot that was never written may be anything). *FAILED*
-  for what it could not do now: an error of the medium, a short read or write, no room. FAILED promises nothing: the block may
-  be held afterwards or not, but it must not be half held.
-- *A kill* in the middle of a write leaves the whole block, the block that was there before, or none; key-addressed backends owe this by
-  themselves, in slots the seal tells.
-- *Only what was asked.* Reads write nothing outside the batch's places, not even after they have returned; writes, probes and deletes
-  write nothing in the host region. Other blocks on the medium stay as they are.
-- *A full medium* is FAILED for the new block; no block that is held gives way, unless the backend is ``shared`` and says how it is bounded.
+- *MISSING* for a read of what the backend does not hold (key-addressed; a slot that was never written may be
+  anything). *FAILED* for what it could not do now: an error of the medium, a short read or write, no room. FAILED
+  promises nothing: the block may be held afterwards or not, but it must not be half held.
+- *A kill* in the middle of a write leaves the whole block, the block that was there before, or none; key-addressed
+  backends owe this by themselves, in slots the seal tells.
+- *Only what was asked.* Reads write nothing outside the batch's places, not even after they have returned; writes,
+  probes and deletes write nothing in the host region. Other blocks on the medium stay as they are.
+- *A full medium* is FAILED for the new block; no block that is held gives way, unless the backend is ``shared`` and
+  says how it is bounded.
 - *Being called by threads*, up to the ``concurrency`` that it claims.
-- *Not blocking for ever*, and no retrying behind the core's back for longer than a call may take: a quick FAILED costs a recompute, a
-  late OK costs more. Set explicit timeouts in every client library.
-- *Close* returns promptly, also while calls are in flight: those may be let finish within a second or answered FAILED. It leaves the
-  medium so that it can be opened again.
+- *Not blocking for ever*, and no retrying behind the core's back for longer than a call may take: a quick FAILED
+  costs a recompute, a late OK costs more. Set explicit timeouts in every client library.
+- *Close* returns promptly, also while calls are in flight: those may be let finish within a second or answered
+  FAILED. It leaves the medium so that it can be opened again.
 - *One user a medium*, where two would harm each other: take a `DirectoryLock`, which names its holder.
-- *Nothing executed, nothing leaked.* No pickle; files 0600, directories 0700; no secret in a log record, ``repr`` or exception.
+- *Nothing executed, nothing leaked.* No pickle; files 0600, directories 0700; no secret in a log record, ``repr``
+  or exception.
 
 `flexkv_core.testing.BackendConformance` checks each of these that can be seen from outside.
 
-**Versions.** `CONTRACT_VERSION` is one number. It stays when something is added that an existing backend need not know: an optional
-power (found by its methods), a field of `Capabilities` or `BackendSpec` with a default that keeps the old behaviour, a field of
-`OpenContext`, `Batch` or `Recovered` at the end, a guarantee of the framework, a helper. It grows when an existing backend would break: a new duty, a
-method that must exist, a changed meaning, a withdrawn guarantee. From version 2 on, a release speaks the newest version and the one before
-for at least two minor releases and a year, says so in a warning when an older one is loaded, and never guesses: a version that it
-does not speak is refused at load with the fix. Deprecated names keep working, with a DeprecationWarning, until the version that
-deprecated them is no longer spoken. While the version is 1, what it means is what this file says.
+**Versions.** `CONTRACT_VERSION` is one number. It stays when something is added that an existing backend need not
+know: an optional power (found by its methods), a field of `Capabilities` or `BackendSpec` with a default that keeps
+the old behaviour, a field of `OpenContext`, `Batch` or `Recovered` at the end, a guarantee of the framework, a
+helper. It grows when an existing backend would break: a new duty, a method that must exist, a changed meaning, a
+withdrawn guarantee. From version 2 on, a release speaks the newest version and the one before for at least two
+minor releases and a year, says so in a warning when an older one is loaded, and never guesses: a version that it
+does not speak is refused at load with the fix. Deprecated names keep working, with a DeprecationWarning, until the
+version that deprecated them is no longer spoken. While the version is 1, what it means is what this file says.
 """
 
 from __future__ import annotations

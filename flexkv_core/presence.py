@@ -56,6 +56,11 @@ class Presence:
         return self._record.used_bytes
 
     @property
+    def pinned(self) -> int:
+        """How many blocks have a pin."""
+        return self._record.pinned
+
+    @property
     def memory_bytes(self) -> int:
         """What the record itself takes in this process."""
         return self._record.memory_bytes

@@ -1,7 +1,8 @@
 """The tier process: one backend, run for the core at the other end of a socket.
 
 Started by `tier_link.py` as ``python -m flexkv_core.tier_process SOCKET_FD REGION_FD PARENT_PID``. Maps the host
-region, opens the backend, runs calls on as many threads as the backend allows, and dies with its parent.
+region, opens the backend, runs calls on as many threads as the backend allows, and dies with its parent. Its stdout
+is its stderr: what a backend prints does not get into an engine's output.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def _enumerate(worker: TierWorker, channel: _Channel, call: Call) -> None:
 def main(socket_fd: int, region_fd: int, parent: int) -> None:
     """Serve until told to close; never returns."""
     _die_with_parent(parent)
+    os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = _Channel(socket.socket(fileno=socket_fd))
     try:

@@ -95,6 +95,7 @@ class Presence {
 
   int64_t used_bytes() const { return used_; }
   size_t size() const { return table_.size(); }
+  uint32_t pinned() const { return pins_.size(); }
   size_t memory_bytes() const { return table_.memory_bytes() + pins_.memory_bytes(); }
 
  private:
@@ -207,6 +208,7 @@ void bind_presence(nb::module_& m) {
       .def("unpin", &Presence::unpin, nb::arg("keys"), nb::arg("groups"))
       .def("overflow", &Presence::overflow)
       .def("evict_for", &Presence::evict_for, nb::arg("nbytes"))
+      .def_prop_ro("pinned", &Presence::pinned)
       .def("__len__", &Presence::size)
       .def_prop_ro("used_bytes", &Presence::used_bytes)
       .def_prop_ro("memory_bytes", &Presence::memory_bytes);

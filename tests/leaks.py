@@ -92,7 +92,10 @@ def nothing_held(manager: KVCacheManager, timeout_s: float = 10.0) -> None:
 
 def _held(manager: KVCacheManager) -> dict[str, object]:
     stats = manager.stats()
-    planner, held = manager._planner, {name: stats[name] for name in ("fetches", "pending_stores")}
+    planner, held = (
+        manager._planner,
+        {name: stats[name] for name in ("fetches", "pinned_fetches", "pinned_bytes", "pending_stores")},
+    )
     with manager._lock:
         index, pool = planner.index, planner.tiers[HOST].pool
         assert pool is not None
@@ -104,8 +107,10 @@ def _held(manager: KVCacheManager) -> dict[str, object]:
         for tier in planner.tiers[HOST + 1 :]:
             held[f"{tier.name}: queued"] = len(tier.queued)
             held[f"{tier.name}: reserved"] = tier.reserved_bytes
-            held[f"{tier.name}: pins"] = len(tier.presence._pins) if tier.presence is not None else 0
+            held[f"{tier.name}: pins"] = tier.presence.pinned if tier.presence is not None else 0
     for queue in list(manager._scheduler.queues().values()):
-        held[f"tier {queue.number}: traffic"] = queue.in_flight + queue.settling + len(queue.reads) + len(queue.writes)
+        held[f"tier {queue.number}: traffic"] = (
+            queue.in_flight + queue.settling + len(queue.reads) + len(queue.writes) + len(queue.prefetches)
+        )
         held[f"tier {queue.number}: queued bytes"] = queue.queued_bytes
     return {name: count for name, count in held.items() if count}

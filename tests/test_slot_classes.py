@@ -140,7 +140,8 @@ def test_ranges_of_other_classes_cover_whole_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capacity", "extent"), [(1 << 20, 1 << 18), (128 << 20, 8 << 20), (1 << 29, 32 << 20), (1 << 40, 32 << 20)]
+    ("capacity", "extent"),
+    [(1 << 20, 1 << 20), (8 << 20, 1 << 20), (128 << 20, 8 << 20), (1 << 29, 32 << 20), (1 << 40, 32 << 20)],
 )
 def test_extents_are_a_share_of_small_capacities(capacity: int, extent: int) -> None:
     assert extent_bytes(capacity) == extent

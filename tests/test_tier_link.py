@@ -58,6 +58,8 @@ MEMORY = """
                 count.write_text(str(times + 1))
                 if times < 2:
                     raise RuntimeError("not yet")
+            if self.config.wrong == "print":
+                print("printed by a backend", flush=True)
             self.log.warning("memory is open")
 
         def read(self, batch):
@@ -225,6 +227,14 @@ def test_no_config_in_argv_or_environment(bench: Bench) -> None:
     until(lambda: link.state == "ready")
     for what in ("cmdline", "environ"):
         assert b"hunter2" not in Path(f"/proc/{link.pid}/{what}").read_bytes()
+
+
+def test_what_it_prints_does_not_reach_stdout(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    link = bench.link(config={"wrong": "print"})
+    until(lambda: link.state == "ready")
+    found = capfd.readouterr()
+    assert "printed by a backend" in found.err
+    assert "printed by a backend" not in found.out
 
 
 def test_its_log_records_arrive(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

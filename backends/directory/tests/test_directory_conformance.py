@@ -57,14 +57,3 @@ class TestDirectoryConformance(BackendConformance):
 
     def medium_throughput(self, directory: Path) -> tuple[float, float]:
         return file_throughput(directory)
-
-
-class TestDurableDirectoryConformance(BackendConformance):
-    """With fsync: the duties in which it makes a difference."""
-
-    backend = "directory"
-    many = 30
-    kill_rounds = 2
-
-    def make_config(self, directory: Path) -> dict[str, Any]:
-        return {"root": directory, "durable": True}

@@ -152,6 +152,11 @@ class Host:
         self.image[offset : offset + length] = self.view[offset : offset + length]
         return self.image[offset : offset + length].copy()
 
+    def differs(self, offset: int, length: int) -> bool:
+        """Whether a place does not hold what it must."""
+        part = slice(offset, offset + length)
+        return not np.array_equal(self.view[part], self.image[part])
+
     def touched(self) -> int | None:
         """The first byte that differs from the image; None if there is none."""
         if np.array_equal(self.view.view(np.uint64), self.image.view(np.uint64)):

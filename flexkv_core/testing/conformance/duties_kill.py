@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import Future
 
-from flexkv_core.backend import PAGE
+from flexkv_core.backend import PAGE, Batch
 from flexkv_core.testing.conformance.blocks import SMALLEST, Slots, StoredBlock, content
 from flexkv_core.testing.conformance.opened import OK, Opened
 from flexkv_core.testing.conformance.suite import Suite
@@ -60,9 +60,11 @@ class KillDuties(Suite):
             answered.release()
 
         old = self.random.sample(list(opened.held.values()), min(4, len(opened.held)))
-        room = self.region_bytes // 2
+        room, prepared = self.region_bytes // 2, list[tuple[list[StoredBlock], Batch]]()
         for number in range(3 * wanted + 3 * tier.capabilities.concurrency):
-            blocks = [self.block(self.random.choice(LENGTHS), group=number % 2) for _ in range(self.random.randint(1, 4))]
+            blocks = [
+                self.block(self.random.choice(LENGTHS), group=number % 2) for _ in range(self.random.randint(1, 4))
+            ]
             blocks = [*blocks, *old[:1]][: tier.capabilities.max_batch_blocks]
             old = old[1:]
             room -= sum(block.length + 3 * PAGE for block in blocks)
@@ -71,6 +73,8 @@ class KillDuties(Suite):
             batch = opened.place(blocks)
             for block, offset in zip(blocks, batch.offsets.tolist(), strict=True):
                 opened.host.put(offset, content(block))
+            prepared.append((blocks, batch))
+        for blocks, batch in prepared:  # in one go, so that the process always has more to do
             call = tier.begin("write", batch)
             calls.append((blocks, call))
             call.add_done_callback(on_answer)
@@ -96,7 +100,7 @@ class KillDuties(Suite):
         readable = {answer.block.name for answer in answers if answer.status == OK}
         names = {block.name for block in doubtful}
         if "list" in opened.tier.powers:
-            listed = opened.list()
+            listed = opened.listing()
             for key, group, length in listed:
                 if (key, group) in names and (key, group) not in readable:
                     self.broken("kill", f"list has a block of {length} bytes that cannot be read{when}", opened.tier)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
 from flexkv_core.backend import PAGE
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, content
 from flexkv_core.testing.conformance.opened import OK, Opened
 from flexkv_core.testing.conformance.suite import Suite
-from flexkv_core.testing.conformance.tier import Died, Refused
+from flexkv_core.testing.conformance.tier import DiedError, RefusedError
+from flexkv_core.tier_link import Statuses
 
 
 class LifeDuties(Suite):
@@ -65,7 +68,8 @@ class LifeDuties(Suite):
         tier = opened.tier
         before = self.blocks(8, 16 * PAGE)
         opened.store(before)
-        sent, calls = [], []
+        sent: list[StoredBlock] = []
+        calls: list[Future[Statuses]] = []
         for _ in range(2 * tier.capabilities.concurrency):
             blocks = [self.block(self.random.choice((SMALLEST, 16 * PAGE, 128 * PAGE))) for _ in range(2)]
             if sum(block.length for block in [*sent, *blocks]) > self.region_bytes // 4:
@@ -90,7 +94,7 @@ class LifeDuties(Suite):
         first.store(blocks)
         try:
             second = self.open(refused=True)
-        except Refused as error:
+        except RefusedError as error:
             if self.exclusive and str(first.tier.pid) not in str(error):
                 self.broken("open-twice", f"the refusal does not name the holder, process {first.tier.pid}: {error}")
             second = None
@@ -110,7 +114,7 @@ class LifeDuties(Suite):
             self.close(second)
         try:
             self.close(first)
-        except Died as error:
+        except DiedError as error:
             pytest.fail(str(error))
         again = self.open()
         if again.tier.capabilities.persistent:

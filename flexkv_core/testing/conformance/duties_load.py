@@ -6,48 +6,86 @@ import gc
 import os
 import random
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import flexkv_core
 from flexkv_core.backend import PAGE, Batch, Status
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, batch_of, content, difference
 from flexkv_core.testing.conformance.duties_data import DataDuties
 from flexkv_core.testing.conformance.opened import MISSING, OK, Opened
-from flexkv_core.testing.conformance.tier import Died, descriptors, session_members, shared_memory, threads, within
+from flexkv_core.testing.conformance.tier import DiedError, descriptors, session_members, shared_memory, threads, within
+from flexkv_core.tier_link import Operation
 
 Call = Callable[[str, Batch], Any]
 MAX_THREADS = 16
-LENGTHS = (SMALLEST, SMALLEST, 3 * PAGE, 16 * PAGE, 40 * PAGE)
+_STDLIB = sysconfig.get_path("stdlib")
+_NOT_TRACED = (str(Path(flexkv_core.__file__).parent), _STDLIB, "<frozen")
+LENGTHS = (*[SMALLEST] * 8, 3 * PAGE, 3 * PAGE, 16 * PAGE)
+MOST = 32
+"""Blocks of one thread: enough for calls long enough to overlap."""
 
 
-class _Wrong(Exception):
+class _WrongError(Exception):
     """What a worker found."""
 
 
 class _Worker:
     """One thread's blocks, and its part of the host region."""
 
-    def __init__(self, blocks: list[StoredBlock], call: Call, host: npt.NDArray[np.uint8], start: int, seed: int) -> None:
+    def __init__(
+        self, blocks: list[StoredBlock], call: Call, host: npt.NDArray[np.uint8], start: int, seed: int
+    ) -> None:
         self.blocks, self.call, self.host, self.start = blocks, call, host, start
         self.random = random.Random(seed)
         self.held: set[StoredBlock] = set()
+        self.expected = {block: content(block) for block in blocks}
         self.by_slot = False
+        self.interrupted = False
         self.error: Exception | None = None
 
     def run(self, steps: int, operations: tuple[str, ...]) -> None:
+        if self.interrupted:
+            sys.settrace(self._trace)
         try:
             for _ in range(steps):
-                chosen = self.random.sample(self.blocks, self.random.randint(1, min(6, len(self.blocks))))
+                chosen = self.random.sample(self.blocks, self.random.randint(1, len(self.blocks)))
                 getattr(self, self.random.choice(operations))(chosen)
             self.read(self.blocks)
+            self.storm(4 * steps)
         except Exception as error:
             self.error = error
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        """Now and then, between two lines of the backend's own Python, the other threads run."""
+        if event == "line" and self.random.random() < 1 / 16:
+            time.sleep(1e-6)
+        file = frame.f_code.co_filename
+        return None if file.startswith(_NOT_TRACED) and "-packages" not in file[len(_STDLIB) :] else self._trace
+
+    def storm(self, rounds: int) -> None:
+        """Nothing but calls, one upon the other, so that they overlap; now and then a write of what is there."""
+        self.write(self.blocks)
+        batch = self._batch(self.blocks)
+        place = self.host[self.start : self.start + int(batch.lengths.sum())]
+        expected = np.concatenate([self.expected[block] for block in self.blocks])
+        for number in range(rounds):
+            if number % 8 == 7:
+                place[:] = expected
+                self.call("write", batch)
+            place[:] = 0xA5
+            if any(status != OK for status in self.call("read", batch)) or not np.array_equal(place, expected):
+                self.read(self.blocks)
+                raise _WrongError("a batch of blocks whose writes were answered OK was read wrong or not at all, once")
 
     def _batch(self, blocks: list[StoredBlock]) -> Batch:
         offsets = self.start + np.cumsum([0, *(block.length for block in blocks[:-1])], dtype=np.int64)
@@ -56,10 +94,10 @@ class _Worker:
     def write(self, blocks: list[StoredBlock]) -> None:
         batch = self._batch(blocks)
         for block, at in zip(blocks, batch.offsets.tolist(), strict=True):
-            self.host[at : at + block.length] = content(block)
+            self.host[at : at + block.length] = self.expected[block]
         for block, status in zip(blocks, self.call("write", batch), strict=True):
             if status != OK:
-                raise _Wrong(f"a write to a medium with room was answered {Status(status).name}: {block}")
+                raise _WrongError(f"a write to a medium with room was answered {Status(status).name}: {block}")
             self.held.add(block)
 
     def read(self, blocks: list[StoredBlock]) -> None:
@@ -67,22 +105,25 @@ class _Worker:
         self.host[self.start : self.start + int(batch.lengths.sum())] = 0xA5
         for block, at, status in zip(blocks, batch.offsets.tolist(), self.call("read", batch), strict=True):
             if block in self.held:
-                wrong = difference(block, self.host[at : at + block.length]) if status == OK else Status(status).name
+                place = self.host[at : at + block.length]
+                if status == OK and np.array_equal(place, self.expected[block]):
+                    continue
+                wrong = difference(block, place) if status == OK else Status(status).name
                 if wrong:
-                    raise _Wrong(f"a block whose write was answered OK is read as {wrong}: {block}")
+                    raise _WrongError(f"a block whose write was answered OK is read as {wrong}: {block}")
             elif not self.by_slot and status != MISSING:
-                raise _Wrong(f"a block that is not held is read as {Status(status).name}: {block}")
+                raise _WrongError(f"a block that is not held is read as {Status(status).name}: {block}")
 
     def delete(self, blocks: list[StoredBlock]) -> None:
         for block, status in zip(blocks, self.call("delete", self._batch(blocks)), strict=True):
             if status != OK:
-                raise _Wrong(f"a delete is answered {Status(status).name}: {block}")
+                raise _WrongError(f"a delete is answered {Status(status).name}: {block}")
             self.held.discard(block)
 
     def probe(self, blocks: list[StoredBlock]) -> None:
         want = [*(block in self.held for block in blocks), False].index(False)
         if (got := self.call("probe", self._batch(blocks))) != want:
-            raise _Wrong(f"a probe of {len(blocks)} blocks, {want} leading ones of them held, says {got}")
+            raise _WrongError(f"a probe of {len(blocks)} blocks, {want} leading ones of them held, says {got}")
 
 
 @contextmanager
@@ -109,10 +150,18 @@ class LoadDuties(DataDuties):
         def call(operation: str, batch: Batch) -> Any:
             return tier.probe(batch) if operation == "probe" else tier.call(operation, batch)  # type: ignore[arg-type]
 
-        self._stress(call, tier.capabilities.concurrency, opened.host.view, tier.powers, 40, opened)
+        self._stress(
+            call,
+            tier.capabilities.concurrency,
+            opened.host.view,
+            tier.powers,
+            40,
+            tier.capabilities.max_batch_blocks,
+            opened,
+        )
 
     def test_concurrency_with_threads_that_switch_often(self) -> None:
-        """The same in this process, where Python is made to switch threads at every opportunity."""
+        """The same in this process, where Python is made to switch threads all the time, also between two lines."""
         self.duty = "concurrency"
         host = np.zeros(self.region_bytes, np.uint8)
         backend = self.in_process(memoryview(host))  # type: ignore[arg-type]
@@ -123,7 +172,8 @@ class LoadDuties(DataDuties):
                 backend.capabilities.concurrency,
                 host,
                 powers,
-                25,
+                40,
+                backend.capabilities.max_batch_blocks,
                 None,
             )
         self._within("close", backend.close)
@@ -135,17 +185,19 @@ class LoadDuties(DataDuties):
         host: npt.NDArray[np.uint8],
         powers: frozenset[str],
         steps: int,
+        most: int,
         opened: Opened | None,
     ) -> None:
         count = min(concurrency, MAX_THREADS)
         operations = ("write", "write", "read", "read", *sorted(powers & {"delete", "probe"}))
         part = self.region_bytes // count // PAGE * PAGE
+        most = max(1, min(MOST, part // (16 * PAGE), most, self.capacity // 2 // count // (16 * PAGE)))
         workers = []
         for number in range(count):
-            blocks = [self.block(self.random.choice(LENGTHS), group=number % 3) for _ in range(12)]
-            blocks = blocks[: max(1, min(12, part // (40 * PAGE)))]
+            blocks = [self.block(self.random.choice(LENGTHS), group=number % 3) for _ in range(most)]
             worker = _Worker(blocks, call, host, number * part, self.random.randrange(1 << 30))
             worker.by_slot = self.spec.addressing == "slot"
+            worker.interrupted = opened is None
             workers.append(worker)
         rounds = steps * (10 if self.soak else 1)
         running = [threading.Thread(target=w.run, args=(rounds, operations), daemon=True) for w in workers]
@@ -156,7 +208,7 @@ class LoadDuties(DataDuties):
             thread.join(max(0.0, until - time.monotonic()))
         tier = opened.tier if opened else None
         for worker in workers:
-            if isinstance(worker.error, _Wrong):
+            if isinstance(worker.error, _WrongError):
                 self.broken("concurrency", f"with {count} calls at a time, {worker.error}", tier)
             if worker.error is not None:
                 self.broken(
@@ -177,14 +229,12 @@ class LoadDuties(DataDuties):
         for block, offset in zip(blocks, batch.offsets.tolist(), strict=True):
             opened.host.put(offset, content(block))
         most = min(tier.capabilities.max_batch_blocks, max(1, count // tier.capabilities.concurrency))
-        pieces = [
-            Batch(*(None if array is None else array[at : at + most] for array in _arrays(batch)))  # type: ignore[arg-type]
-            for at in range(0, count, most)
-        ]
+        pieces = [_part(batch, slice(at, at + most)) for at in range(0, count, most)]
         figures: dict[str, float] = {}
-        for operation in ("write", "read"):
+        operations: tuple[Operation, ...] = ("write", "read")
+        for operation in operations:
             begun = time.perf_counter()
-            answers = tier.settle([tier.begin(operation, piece) for piece in pieces])  # type: ignore[arg-type]
+            answers = tier.settle([tier.begin(operation, piece) for piece in pieces])
             figures[operation] = count * size / 1e6 / max(time.perf_counter() - begun, 1e-9)
             if not all((answer == OK).all() for answer in answers):
                 self.broken("throughput", f"a {operation} was not answered OK: {tier.last_error or ''}", tier)
@@ -218,7 +268,7 @@ class LoadDuties(DataDuties):
             if "probe" in opened.tier.powers:
                 opened.probe([*blocks, *self.blocks(1)])
             if "list" in opened.tier.powers:
-                opened.list()
+                opened.listing()
             if "delete" in opened.tier.powers:
                 opened.delete([*blocks[:3], *self.blocks(1)])
 
@@ -252,7 +302,7 @@ class LoadDuties(DataDuties):
             backend = self.in_process(memoryview(bytearray(4 * SMALLEST)))
             try:
                 within(self.close_deadline_s, backend.close)
-            except Died:
+            except DiedError:
                 self.broken("close", f"close had not returned after {self.close_deadline_s:g} s")
             del backend
             gc.collect()
@@ -266,6 +316,6 @@ class LoadDuties(DataDuties):
             self.broken("leaks", f"shared memory is left after close: {sorted(mine)}")
 
 
-def _arrays(batch: Batch) -> tuple[npt.NDArray[Any] | None, ...]:
-    return batch.keys, batch.groups, batch.offsets, batch.lengths, batch.slots
-
+def _part(batch: Batch, rows: slice) -> Batch:
+    slots = None if batch.slots is None else batch.slots[rows]
+    return Batch(batch.keys[rows], batch.groups[rows], batch.offsets[rows], batch.lengths[rows], slots)

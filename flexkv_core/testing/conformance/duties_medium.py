@@ -40,7 +40,9 @@ class MediumDuties(Suite):
         opened.safe([*blocks, *failed], "full-medium", " after the medium was full")
         if not failed:
             self.broken(
-                "full-medium", f"{len(blocks)} writes of {size} bytes to a medium of {self.full_bytes} are answered OK", opened.tier
+                "full-medium",
+                f"{len(blocks)} writes of {size} bytes to a medium of {self.full_bytes} are answered OK",
+                opened.tier,
             )
         if not blocks:
             self.broken("full-medium", "the empty medium takes nothing", opened.tier)
@@ -54,7 +56,9 @@ class MediumDuties(Suite):
                 self.broken("full-medium", "half of all blocks were deleted, and still nothing is taken", opened.tier)
         if opened.tier.capabilities.persistent:
             opened = self.reopen(opened, config=config)
-            opened.expect(list(opened.held.values()), duty="full-medium", when=" after the full medium was opened again")
+            opened.expect(
+                list(opened.held.values()), duty="full-medium", when=" after the full medium was opened again"
+            )
 
     # ------------------------------------------------------------------ short writes
 
@@ -97,7 +101,9 @@ class MediumDuties(Suite):
             if how == "swap" and number % 2:
                 continue
             try:
-                done = self.damage(StoredBlock(block.key, block.group, block.length, block.slot, block.fill, other), how)
+                done = self.damage(
+                    StoredBlock(block.key, block.group, block.length, block.slot, block.fill, other), how
+                )
             except NotImplementedError:
                 pytest.skip("damage is not given")
             if done is False:
@@ -109,13 +115,14 @@ class MediumDuties(Suite):
             effect |= self._damaged(opened, damaged, whole, how, " and a restart")
             if not effect:
                 pytest.fail(f"damage({how!r}) has damaged nothing: all blocks are read whole, even after a restart")
-        opened.safe(damaged, "damage")
         if "list" in opened.tier.powers:
-            opened.list()
+            opened.listing()
         opened.store(damaged)
         opened.expect(blocks, duty="damage", when=" after damaged blocks were written again")
 
-    def _damaged(self, opened: Opened, damaged: list[StoredBlock], whole: list[StoredBlock], how: str, when: str) -> bool:
+    def _damaged(
+        self, opened: Opened, damaged: list[StoredBlock], whole: list[StoredBlock], how: str, when: str
+    ) -> bool:
         effect = False
         for answer in opened.read(damaged):
             good = answer.status == OK and verified(answer.block, answer.data)
@@ -124,7 +131,9 @@ class MediumDuties(Suite):
                 opened.right(answer, "damage", f" after {how}{when}")
             elif answer.status == OK and how == "truncate":
                 self.broken(
-                    "damage", f"a block that was cut short on the medium is answered OK{when}: {answer.block}", opened.tier
+                    "damage",
+                    f"a block that was cut short on the medium is answered OK{when}: {answer.block}",
+                    opened.tier,
                 )
         opened.expect(whole, duty="damage", when=f" after others were damaged ({how}){when}")
         return effect
@@ -133,14 +142,15 @@ class MediumDuties(Suite):
 def claims_are_true(suite: Suite, opened: Opened, doubtful: list[StoredBlock], duty: str) -> None:
     """What probe or list say is held is read whole."""
     readable = {
-        answer.block.name: answer.status == OK and verified(answer.block, answer.data) for answer in opened.read(doubtful)
+        answer.block.name: answer.status == OK and verified(answer.block, answer.data)
+        for answer in opened.read(doubtful)
     }
     if "probe" in opened.tier.powers:
         for block in doubtful:
             if opened.probe([block]) and not readable[block.name]:
                 suite.broken(duty, f"probe claims a block that cannot be read: {block}", opened.tier)
     if "list" in opened.tier.powers:
-        for key, group, length in opened.list():
+        for key, group, length in opened.listing():
             if not readable.get((key, group), True):
                 suite.broken(duty, f"list has a block that cannot be read: {key.hex()}, {group}, {length}", opened.tier)
 

@@ -126,7 +126,7 @@ class PowerDuties(Suite):
             time.sleep(TICK_S)
         opened.expect(blocks[:3])
         for again in range(2):
-            got = [key for key, _, _ in opened.list()]
+            got = [key for key, _, _ in opened.listing()]
             if got != [block.key for block in blocks]:
                 order = [[block.key for block in blocks].index(key) for key in got]
                 self.broken("list", f"blocks written in the order 0 to 7 are listed as {order}", opened.tier)
@@ -134,7 +134,7 @@ class PowerDuties(Suite):
                 opened = self.reopen(opened)
 
     def _lists(self, opened: Opened, when: str) -> None:
-        got = Counter(opened.list())
+        got = Counter(opened.listing())
         want = Counter((block.key, block.group, block.length) for block in opened.held.values())
         for (key, group, length), count in got.items():
             here = f"(key {key.hex()}, group {group}, {length} bytes)"
@@ -175,7 +175,7 @@ class RecoveryDuties(DataDuties):
             pytest.skip("it has no power 'recover'")
         pieces = self._within("recover", lambda: list(backend.recover()))
         found: dict[int, tuple[bytes, int, int]] = {}
-        for piece in pieces:  # type: ignore[attr-defined]
+        for piece in pieces:
             count = len(piece.groups)
             for name, shape in (("namespaces", (count, 32)), ("keys", (count, 32)), ("parents", (count, 32))):
                 if np.shape(getattr(piece, name)) != shape:

@@ -23,7 +23,7 @@ from flexkv_core.plugins import load_backend
 from flexkv_core.region import HostRegion
 from flexkv_core.testing.conformance.blocks import SMALLEST, Damage, Fill, Host, Slots, StoredBlock, some_key
 from flexkv_core.testing.conformance.opened import Opened
-from flexkv_core.testing.conformance.tier import Owner, Refused, Tier
+from flexkv_core.testing.conformance.tier import Owner, RefusedError, Tier
 from flexkv_core.tier_link import LinkSettings
 
 DUTIES: Mapping[str, str] = {
@@ -159,7 +159,7 @@ class Suite:
     ) -> Opened:
         """Open the backend in a process of its own.
 
-        Raises Refused only with `refused`; without, the duty under test is broken.
+        Raises RefusedError only with `refused`; without, the duty under test is broken.
         """
         directory = directory or self.directory
         if self._owner is None:
@@ -181,7 +181,7 @@ class Suite:
         self._regions.append(region)
         try:
             tier = Tier(self._owner, settings, region)
-        except Refused as error:
+        except RefusedError as error:
             if refused:
                 raise
             self.broken(self.duty, f"it cannot be opened: {error}")
@@ -201,7 +201,9 @@ class Suite:
         status = opened.tier.close(self.close_deadline_s)
         if status == -9:
             self.broken(
-                "close", f"close had not returned after {self.close_deadline_s:g} s, its process was killed", opened.tier
+                "close",
+                f"close had not returned after {self.close_deadline_s:g} s, its process was killed",
+                opened.tier,
             )
         if status != 0:
             self.broken("close", f"its process ended with {status} when it was closed", opened.tier)
@@ -232,7 +234,9 @@ class Suite:
 
     # ------------------------------------------------------------------ blocks
 
-    def block(self, length: int = SMALLEST, *, key: bytes | None = None, group: int = 0, fill: Fill = "random") -> StoredBlock:
+    def block(
+        self, length: int = SMALLEST, *, key: bytes | None = None, group: int = 0, fill: Fill = "random"
+    ) -> StoredBlock:
         """A block that is not stored yet."""
         slot = self._slots.take(length) if self.spec.addressing == "slot" else 0
         return StoredBlock(key if key is not None else some_key(self.random), group, length, slot, fill)

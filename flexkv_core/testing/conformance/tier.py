@@ -1,6 +1,6 @@
 """A backend in its own process, with calls that wait: what the suite drives backends through.
 
-Owns the loop that links live on, and turns every death and every missed deadline into `Died`. The link and the
+Owns the loop that links live on, and turns every death and every missed deadline into `DiedError`. The link and the
 process are the core's own (`tier_link`, `tier_process`). Knows no duties.
 """
 
@@ -30,11 +30,11 @@ GRACE_S = 10.0
 """How much longer than a link's own deadline its caller waits: for the kill and the reaping."""
 
 
-class Died(Exception):
+class DiedError(Exception):
     """The process ended, or was killed because a call missed its deadline; the text says which."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The backend could not be opened; the text is its error."""
 
 
@@ -78,7 +78,7 @@ class Tier:
     """One life of a backend in a process of its own. Methods may be called from several threads."""
 
     def __init__(self, owner: Owner, settings: LinkSettings, region: HostRegion) -> None:
-        """Start the process and wait until the backend is open. Raises Refused if it cannot be."""
+        """Start the process and wait until the backend is open. Raises RefusedError if it cannot be."""
         self.settings = settings
         self._owner = owner
         settled = threading.Event()
@@ -91,13 +91,13 @@ class Tier:
         if not settled.wait(settings.open_deadline_s + GRACE_S) or self._link.state != "ready":
             reason = self._link.last_error or "its process did not say that it is ready"
             self.kill()
-            raise Refused(reason)
+            raise RefusedError(reason)
 
     @property
     def capabilities(self) -> Capabilities:
         found = self._link.capabilities
         if found is None:
-            raise Died("it is not open")
+            raise DiedError("it is not open")
         return found
 
     @property
@@ -119,7 +119,7 @@ class Tier:
         return answer
 
     def call(self, operation: Operation, batch: Batch) -> Statuses:
-        """One call. Raises Died if the process is gone afterwards."""
+        """One call. Raises DiedError if the process is gone afterwards."""
         return self._settled(self.begin(operation, batch))
 
     def probe(self, batch: Batch) -> int:
@@ -127,13 +127,13 @@ class Tier:
         self._owner.loop.call_soon_threadsafe(self._link.probe, batch, answer.set_result)
         return self._settled(answer)
 
-    def list(self) -> Listing:
-        """All pieces as one. Raises ListingFailed if the backend raised."""
+    def listing(self) -> Listing:
+        """All pieces as one. Raises ListingFailedError if the backend raised."""
         pieces: list[Listing] = []
         answer: concurrent.futures.Future[bool] = concurrent.futures.Future()
         self._owner.loop.call_soon_threadsafe(self._link.list, pieces.append, answer.set_result)
         if not self._settled(answer, self.settings.open_deadline_s):
-            raise ListingFailed
+            raise ListingFailedError
         empty = Listing(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), np.zeros(0, np.int64))
         pieces = [empty, *pieces]
         return Listing(
@@ -145,7 +145,7 @@ class Tier:
     def _settled(self, answer: concurrent.futures.Future[T], deadline_s: float | None = None) -> T:
         result = answer.result((deadline_s or self.settings.deadline_s) + GRACE_S)
         if not self.alive:
-            raise Died(self._link.last_error or "its process ended")
+            raise DiedError(self._link.last_error or "its process ended")
         return result
 
     def close(self, deadline_s: float) -> int:
@@ -170,12 +170,12 @@ class Tier:
         return [answer.result(self.settings.deadline_s + GRACE_S) for answer in answers]
 
 
-class ListingFailed(Exception):
+class ListingFailedError(Exception):
     """The backend raised while it listed."""
 
 
 def within(deadline_s: float, act: Callable[[], T]) -> T:
-    """Run `act` on a daemon thread. Raises Died if it takes longer; what it raises is raised."""
+    """Run `act` on a daemon thread. Raises DiedError if it takes longer; what it raises is raised."""
     box: list[T] = []
     errors: list[BaseException] = []
 
@@ -191,7 +191,7 @@ def within(deadline_s: float, act: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not box:
-        raise Died(f"it was not done within {deadline_s:g} s")
+        raise DiedError(f"it was not done within {deadline_s:g} s")
     return box[0]
 
 
