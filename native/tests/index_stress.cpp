@@ -1,7 +1,7 @@
 // Drives the index without Python, for the sanitizers: random operations with every invariant checked, changes that run
 // out of memory, and threads that match while the owner changes.
 //
-//   index_stress [steps] [seed]
+//   index_stress [steps] [steps of the owner of threads] [seed]
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -460,16 +460,18 @@ void threads(uint64_t seed, uint64_t steps, bool with_gil) {
 
 int main(int argc, char** argv) {
   const uint64_t steps = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20000;
-  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device()();
-  std::printf("index_stress %llu %llu\n", (unsigned long long)steps, (unsigned long long)seed);
+  const uint64_t owner_steps = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 5000;
+  const uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : std::random_device()();
+  std::printf("index_stress %llu %llu %llu\n", (unsigned long long)steps, (unsigned long long)owner_steps,
+              (unsigned long long)seed);
   std::fflush(stdout);
   try {
     const uint64_t refused = random_steps(seed, steps);
     std::printf("random: %llu steps, %llu refused\n", (unsigned long long)steps, (unsigned long long)refused);
     const auto [torn, whole] = without_memory(seed, steps / 4);
     std::printf("without memory: %llu torn, %llu untouched\n", (unsigned long long)torn, (unsigned long long)whole);
-    threads<Nothing>(seed, steps / 4, false);
-    threads<WithoutGil>(seed + 1, steps / 4, true);
+    threads<Nothing>(seed, owner_steps, false);
+    threads<WithoutGil>(seed + 1, owner_steps, true);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "FAILED with seed %llu: %s\n", (unsigned long long)seed, error.what());
     return 1;
