@@ -89,7 +89,7 @@ class View {
   }
 
  private:
-  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(kKeyBytes) << 31;  // more is refused, and so not copied
+  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(kKeyBytes) * (GroupState::kNoHole - 1);  // more is refused, and so not copied
 
   void look(nb::handle array) {  // keeps the array alive
     if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) == 0) return;
