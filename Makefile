@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
-.PHONY: demo test check soak bench clean help
+.PHONY: demo test check check-native soak bench clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -22,7 +22,11 @@ check: $(VENV)/.test ## Lint, format, types, import direction
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_imports.py
 
+check-native: ## Native code without Python, under ThreadSanitizer, AddressSanitizer and UBSan
+	bash scripts/check_native.sh
+
 soak: $(VENV)/.test ## The long counts of kills, faults and steps
+	FLEXKV_SOAK=1 bash scripts/check_native.sh
 	FLEXKV_SOAK=1 $(BIN)/python -m pytest -q -s -m soak
 
 bench: $(VENV)/.test ## All benchmarks, figures in out/benchmarks.json

@@ -56,7 +56,7 @@ class View {
   }
 
  private:
-  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(32) << 31;  // more is refused, and so not copied
+  static constexpr Py_ssize_t kMostBytes = Py_ssize_t(32) * ((Py_ssize_t(1) << 31) - 2);  // more is refused, and so not copied
 
   void look(nb::handle array) {  // keeps the array alive
     if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_FORMAT | PyBUF_STRIDES) == 0) return;

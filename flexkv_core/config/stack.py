@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=BaseModel)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REFERENCES_ALLOWED = frozenset({"state_directory"})
 """Keys of the core in which `${NAME}` may stand; the others are shown in figures and logs."""
-NOT_FOR_THE_HOST = ("faults", "isolation", "deadline_s", "write_queue", "state_directory")
+NOT_FOR_THE_HOST = ("faults", "breaker", "in_flight", "isolation", "deadline_s", "write_queue", "state_directory")
 """Keys about a backend's process and queue: the host tier has neither."""
 IndexName = Literal["native", "reference"]
 
@@ -226,6 +226,18 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
     def refuse(key: str, problem: str) -> None:
         raise source.error((*path, key), problem)
 
+    _refuse_for_eviction(refuse, spec, keys)
+    for key in NOT_FOR_THE_HOST if hosts else ():
+        if key in keys.model_fields_set:
+            refuse(key, "no backend runs for the host tier, its blocks lie in the core's memory: leave the key out")
+    if hosts and "admission" in keys.model_fields_set:
+        refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
+    for fault in ("crash", "duplicate") if keys.faults and keys.isolation == "none" else ():
+        if getattr(keys.faults, fault):
+            refuse("faults", f"{fault} is a fault of a tier's process, and isolation: none has none: leave one out")
+
+
+def _refuse_for_eviction(refuse: Callable[[str, str], None], spec: BackendSpec, keys: TierKeys) -> None:
     for key, policy in (("hit_reward_seconds", "lru"), ("slru_protected_threshold", "slru")):
         if getattr(keys, key) is not None and keys.eviction != policy:
             refuse(key, f"is an option of eviction: {policy}, and this tier has {keys.eviction}: leave one of them out")
@@ -238,17 +250,6 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
     for key in ("evict_ratio", "evict_start_threshold"):
         if key in keys.model_fields_set and keys.capacity is None:
             refuse(key, "this tier has no capacity and bounds itself: give it a capacity, or leave the key out")
-    for key in NOT_FOR_THE_HOST:
-        if hosts and key in keys.model_fields_set:
-            refuse(key, "no backend runs for the host tier, its blocks lie in the core's memory: leave the key out")
-    if hosts and "admission" in keys.model_fields_set:
-        refuse("admission", "the host tier takes every block, all others come through it: give the key to a lower tier")
-    for key in ("faults", "breaker"):
-        if hosts and key in keys.model_fields_set:
-            refuse(key, "the host tier runs no backend that could fail: give the key to a lower tier")
-    for fault in ("crash", "duplicate") if keys.faults and keys.isolation == "none" else ():
-        if getattr(keys.faults, fault):
-            refuse("faults", f"{fault} is a fault of a tier's process, and isolation: none has none: leave one out")
 
 
 def _eviction(keys: TierKeys) -> Eviction:

@@ -11,14 +11,8 @@ group_bytes_((groups * sizeof(GroupState) + 7) / 8 * 8),
       stride_(sizeof(Node) + group_bytes_ + columns_ * sizeof(Column)), tiles_(columns_), links_(columns_) {}
 
 Forest::~Forest() {
-  for (const auto& space : spaces_) {
-    if (!space) continue;
-    for (NodeId top : {space->top, space->orphans}) {
-      if (top == kNone) continue;  // memory ran out when it was made
-      each_below(top, [&](NodeId id) {
-        if (node(id).tile_capacity != 0) std::free(node(id).tiles.many);
-      });
-    }
+  for (NodeId id = 0; id < next_node_; ++id) {  // not by the trees: a change may have broken off half-way
+    if (node(id).tile_capacity != 0) std::free(node(id).tiles.many);
   }
   for (uint8_t* chunk : node_chunks_) std::free(chunk);
 }
@@ -145,12 +139,12 @@ void Forest::give_node(NodeId id) {
   if (gone.tile_capacity != 0) {
     tile_list_bytes_ -= gone.tile_capacity * sizeof(TileId);
     std::free(gone.tiles.many);
+    gone.tile_capacity = 0;
   }
   for (uint32_t column = 0; column < columns_; ++column) drop_extra(columns_of(gone)[column]);
   gone.dirty = false;
   gone.length = 0;
   gone.parent = kNone;
-  gone.tile_capacity = 0;
   gone.next = free_node_;
   free_node_ = id;
   --nodes_in_use_;
@@ -564,9 +558,6 @@ void Forest::begin_again() {
   next_node_ = 0;
   free_node_ = kNone;
   nodes_in_use_ = 0;
-  for (const auto& space : spaces_) {
-    if (space) space->top = space->orphans = kNone;
-  }
   for (const auto& space : spaces_) {
     if (space) take_tops(*space);
   }

@@ -24,7 +24,7 @@ class Gate {
       // Only the thread itself ever writes its own name there: no order with others is needed.
       if (gate.inside_.load(std::memory_order_relaxed) == self) throw Reentered();
       if (!gate.mutex_.try_lock()) {
-        Idle idle;
+        [[maybe_unused]] Idle idle;
         gate.mutex_.lock();
       }
       gate.inside_.store(self, std::memory_order_relaxed);
