@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
-.PHONY: demo test check check-native soak bench clean help
+.PHONY: demo test check check-native soak mutants bench clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -28,6 +28,9 @@ check-native: ## Native code without Python, under ThreadSanitizer, AddressSanit
 soak: $(VENV)/.test ## The long counts of kills, faults and steps
 	FLEXKV_SOAK=1 bash scripts/check_native.sh
 	FLEXKV_SOAK=1 $(BIN)/python -m pytest -q -s -m soak
+
+mutants: $(VENV)/.test ## Break the native index in many ways: each must turn the tests red
+	$(BIN)/python tests/mutants/run.py
 
 bench: $(VENV)/.test ## All benchmarks, figures in out/benchmarks.json
 	for b in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \

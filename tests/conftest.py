@@ -13,8 +13,10 @@ from leaks import Leaks, no_leaks
 
 from flexkv_core import plugins
 from flexkv_core.index import Index
+from flexkv_core.policies import Eviction
 
 Install = Callable[..., None]
+Make = Callable[[str | Eviction], Index]
 
 
 @pytest.fixture
@@ -72,4 +74,16 @@ def index(make_index: MakeIndex) -> Index:
     """Two tiers, lru; one namespace with one group."""
     made = make_index(2)
     add(made)
+    return made
+
+
+@pytest.fixture
+def make(make_index: MakeIndex) -> Make:
+    """An index with one tier of that policy, and one namespace of one group."""
+
+    def made(policy: str | Eviction) -> Index:
+        index = make_index(1, [policy])
+        add(index)
+        return index
+
     return made

@@ -88,6 +88,15 @@ def all_evicted(index: Index, tier: int = 0, slot_class: int = 0) -> list[int]:
     return gone
 
 
+def three(index: Index, hits: str) -> list[int]:
+    """Put a, b, c in slots 1, 2, 3; touch one after another; evict all."""
+    for slot, path in enumerate("abc", 1):
+        put(index, path, slot)
+    for path in hits:
+        index.touch(ROOT, keys(path))
+    return all_evicted(index)
+
+
 def check(gone: Evicted, count: int) -> None:
     assert gone.roots.shape == gone.keys.shape == (count, 32)
     assert gone.groups.shape == gone.slots.shape == (count,)

@@ -340,6 +340,13 @@ def test_keys_are_arrays_of_32_bytes_a_row(index: Index, bad: Any, error: type[E
     assert snapshot(index) == before
 
 
+def test_rows_and_elements_need_not_lie_side_by_side(index: Index) -> None:
+    path, slots = np.repeat(keys("abc"), 2, axis=0)[::2], np.repeat(slots_of(1, 2, 3), 2)[::2]
+    assert index.insert(ROOT, path, 0, 0, slots).all()
+    assert held(index, "abc") == [1, 2, 3]
+    assert index.match(ROOT, path).slots.tolist() == [[1, 2, 3]]
+
+
 # ---------------------------------------------------------------- time
 
 

@@ -47,9 +47,7 @@ def drain(index: NativeIndex, tiers: int = TIERS, piece: int = 64) -> None:
             assert index.evict(tier, min(left, piece)) is not None
 
 
-@pytest.mark.parametrize(
-    ("policy", "leaves"), [*((policy, 10_000) for policy in BUILT_IN), ("lru", 100_000)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("policy", "leaves"), [*((policy, 10_000) for policy in BUILT_IN), ("lru", 100_000)], ids=str)
 def test_evictions_look_at_few_nodes(policy: str, leaves: int) -> None:
     """Leaves of one block, touched in shuffled order, some more than once: no eviction scans."""
     index = new_index(policy)

@@ -244,6 +244,17 @@ def test_evict_that_fails_keeps_the_order(index: Index) -> None:
     assert evicted(index, 4) == [0, 1, 2, 3]
 
 
+def test_evict_that_fails_closes_the_holes_that_it_made(index: Index) -> None:
+    put(index, "abc", 1, 2, 3)
+    put(index, "x", 9)
+    index.pin(ROOT, keys("x"), 0, 0, 0, 1)
+    assert evicted(index, 4) is None
+    assert blocks(index, "abc") == 3
+    index.unpin(ROOT, keys("x"), 0, 0, 0, 1)
+    index.touch(ROOT, keys("abc"))
+    assert evicted(index, 1) == [9]  # nothing is stranded
+
+
 def test_equals_go_deeper_first_then_by_group_and_key(make_index: MakeIndex) -> None:
     index = make_index(1, ["fifo"])
     add(index)

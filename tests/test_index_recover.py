@@ -147,16 +147,34 @@ def test_recover_tells_what_it_did_not_take(index: Index) -> None:
     assert figures(index, "orphans") == [1]
 
 
-def test_records_of_one_call_are_taken_by_depth(index: Index) -> None:
-    records = [("abx", key("ab"), 3, 5), ("ab", key("a"), 1, 6), ("a", ROOT, 0, 7), ("a", ROOT, 0, 8)]
+def recover_raw(index: Index, *records: tuple[str, bytes, int, int]) -> list[bool]:
+    """Recover (path, key of the parent, depth, slot) records."""
     rows = [
         np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32)
         for part in ([key(path) for path, _, _, _ in records], [parent for _, parent, _, _ in records])
     ]
     numbers = [slots_of(*(record[at] for record in records)) for at in (2, 3)]
-    assert index.recover(ROOT, 0, 0, *rows, *numbers).tolist() == [False, True, True, False]
+    return index.recover(ROOT, 0, 0, *rows, *numbers).tolist()
+
+
+def test_records_of_one_call_are_taken_by_depth(index: Index) -> None:
+    records = [("abx", key("ab"), 3, 5), ("ab", key("a"), 1, 6), ("a", ROOT, 0, 7), ("a", ROOT, 0, 8)]
+    assert recover_raw(index, *records) == [False, True, True, False]
     assert held(index, "ab") == [7, 6]
     assert figures(index, "orphans") == [0]
+
+
+def test_records_of_great_depth_are_taken_by_depth_too(index: Index) -> None:
+    records = [("abx", key("ab"), 1_000_003, 5), ("ab", key("a"), 1_000_001, 6), ("ab", key("a"), 1_000_001, 7)]
+    assert recover_raw(index, *records) == [False, True, False]
+    assert figures(index, "orphans", "copies") == [1, 1]
+
+
+def test_an_orphan_joins_a_parent_of_its_depth_only(index: Index) -> None:
+    recover_raw(index, ("abc", key("ab"), 7, 3))
+    put(index, "ab", 1, 2)
+    assert figures(index, "orphans", "positions") == [1, 3]
+    assert blocks(index, "abc") == 2
 
 
 def test_recovered_slots_and_arrays_are_checked(index: Index) -> None:

@@ -4,7 +4,7 @@
 // deepest one, and the children whose subtrees have any. At most the deepest copy of a node can go first, and only if
 // nothing below it has a copy: so queues of candidates hold one entry a node, not a block.
 //
-// Files: forest.cpp (walks, nodes, split and merge), residency.cpp (copies, recency, pins, holes), match.cpp,
+// Files: forest.cpp (namespaces, walks, nodes), shape.cpp (split, merge, prune), residency.cpp (copies, recency, pins, holes), match.cpp,
 // recover.cpp. What spans namespaces (evicting, ghosts, the clock) is index.hpp.
 #pragma once
 #include <deque>
