@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 BINDINGS = "native/index_bindings.cpp"
+SHAPE = "native/index/shape.cpp"
 ARRAYS = "native/arrays.hpp"
 CANDIDATES, GHOST, INDEX, POLICY, RECOVER, RESIDENCY, FOREST = (
     f"native/index/{name}"
