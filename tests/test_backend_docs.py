@@ -16,11 +16,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
+def lines(text: str) -> str:
+    """Without indentation and empty lines: on the page a method stands alone."""
+    return "".join(f"{line.strip()}\n" for line in text.splitlines() if line.strip())
+
+
 def test_the_page_shows_the_code_that_runs() -> None:
     quoted = [block for block in blocks("python") if "BackendConformance" not in block]
     assert len(quoted) >= 6
     for block in quoted:
-        assert block in SOURCE, f"not in the example:\n{block}"
+        assert lines(block) in lines(SOURCE), f"not in the example:\n{block}"
     for block in blocks("toml"):
         assert block in (EXAMPLE / "pyproject.toml").read_text()
 

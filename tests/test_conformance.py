@@ -135,6 +135,8 @@ def test_a_bad_backend_fails_by_the_name_of_its_duty(name: str, results: dict[st
 
 @pytest.mark.parametrize("name", ["sound", "sound_slots"])
 def test_nothing_is_found_wrong_with_a_sound_one(name: str, site: Path) -> None:
+    if name == "sound" and not SOAK:
+        pytest.skip("in CI the directory backend is the sound one with keys")
     chosen = "" if SOAK else "recovery or kill or short or concurrency or medium or open_twice or in_flight"
     failures = {test: text for test, text in run(site, name, chosen).items() if text}
     assert not failures, "\n\n".join(failures.values())

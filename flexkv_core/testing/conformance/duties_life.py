@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-
 import pytest
 
-from flexkv_core.backend import PAGE
+from flexkv_core.backend import PAGE, Batch
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, content
 from flexkv_core.testing.conformance.opened import OK, Opened
 from flexkv_core.testing.conformance.suite import Suite
 from flexkv_core.testing.conformance.tier import DiedError, RefusedError
-from flexkv_core.tier_link import Statuses
+from flexkv_core.tier_link import Operation
 
 
 class LifeDuties(Suite):
@@ -69,7 +67,7 @@ class LifeDuties(Suite):
         before = self.blocks(8, 16 * PAGE)
         opened.store(before)
         sent: list[StoredBlock] = []
-        calls: list[Future[Statuses]] = []
+        prepared: list[tuple[Operation, Batch]] = []
         for _ in range(2 * tier.capabilities.concurrency):
             blocks = [self.block(self.random.choice((SMALLEST, 16 * PAGE, 128 * PAGE))) for _ in range(2)]
             if sum(block.length for block in [*sent, *blocks]) > self.region_bytes // 4:
@@ -78,9 +76,9 @@ class LifeDuties(Suite):
             blocks = blocks[: len(batch)]
             for block, offset in zip(blocks, batch.offsets.tolist(), strict=True):
                 opened.host.put(offset, content(block))
-            calls.append(tier.begin("write", batch))
-            calls.append(tier.begin("read", opened.place(before[:2][: len(batch)])))
+            prepared += [("write", batch), ("read", opened.place(before[:2][: len(batch)]))]
             sent += blocks
+        calls = [tier.begin(operation, batch) for operation, batch in prepared]  # in one go, and close behind them
         self.close(opened)
         answers = [status for answer in tier.settle(calls)[::2] for status in answer.tolist()]
         return [block for block, status in zip(sent, answers, strict=True) if status == OK], sent
