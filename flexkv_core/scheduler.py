@@ -356,7 +356,12 @@ class Scheduler:
         came = statuses == Status.OK
         part = move.part(came)
         faults = verify_blocks(
-            self._region.buffer, part.host_slots * PAGE, part.payload_bytes, part.block_keys, part.groups
+            self._region.buffer,
+            part.host_slots * PAGE,
+            part.payload_bytes,
+            part.block_keys,
+            part.groups,
+            root=part.root,
         )
         outcome[came] = np.where(faults == SealFault.GOOD, Outcome.GOOD, Outcome.CORRUPT)
         return outcome
