@@ -289,3 +289,40 @@ def test_reads_pass_queued_writes(gates: None) -> None:
         assert manager.drain(PATIENCE_S)
         assert [operation for operation, _ in gate.calls] == ["write", "read", "write", "write"]
         nothing_left(manager)
+
+
+def test_stores_of_one_prefix_at_a_time_keep_one_copy_and_write_it_once(gates: None) -> None:
+    with KVCacheManager.open(gate_stack(HOST, gate_tier(max_batch_blocks=2))) as manager:
+        wait_ready(manager)
+        rig, gate = Rig(manager), GATES["gate"]
+        keys = rig.keys(1, 4)
+        gate.shut("write")
+        rig.device.free.clear()
+        transfers = [rig.begin_store(keys) for _ in range(2)]
+        until(lambda: rig.device.gathers == 2)
+        rig.device.free.set()
+        for transfer in transfers:
+            assert transfer.wait(PATIENCE_S)
+            assert transfer.error is None
+        assert rig.begin_store(keys).wait(PATIENCE_S)
+        assert settled(manager)["tiers"]["cpu"]["used_bytes"] == 4 * PLAIN_SLOT
+        gate.open("write")
+        assert manager.drain(PATIENCE_S)
+        assert sorted(gate.blocks("write")) == sorted(own(keys))
+        assert rig.load(keys) == (4, 0)
+        nothing_left(manager)
+
+
+def test_nothing_behind_a_hole_is_written_down(gates: None) -> None:
+    with KVCacheManager.open(gate_stack(HOST, gate_tier())) as manager:
+        wait_ready(manager)
+        rig, gate = Rig(manager), GATES["gate"]
+        keys = rig.keys(1, 5)
+        rig.fill(keys)
+        transfer = manager.store(rig.namespace, keys, np.array([0, 1, -1, 3, 4], np.int64))
+        assert transfer.wait(PATIENCE_S)
+        assert manager.drain(PATIENCE_S)
+        assert sorted(gate.blocks("write")) == sorted(own(keys[:2]))
+        assert rig.store(keys) == 1
+        assert sorted(gate.blocks("write")) == sorted(own(keys))
+        nothing_left(manager)
