@@ -52,11 +52,11 @@ def verdict(mutant: Mutant, extension: Path) -> str:
         shutil.copy2(extension, package / extension.name)
         target = package / mutant.file
         target.write_text(mutated(mutant, target.read_text()))
-        # -S and a path of our own: an editable install would come before PYTHONPATH.
+        # -S, -P and a path of our own: an editable install and the working directory would come before PYTHONPATH.
         site = [path for path in sys.path if "site-packages" in path]
         sources = [str(path) for path in sorted((REPOSITORY / "backends").glob("*/src"))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sources, *site])}
-        command = [sys.executable, "-S", "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-S", "-P", "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         for files in ([mutant.first], [name for name in test_files() if name != mutant.first]):
             try:
                 done = subprocess.run(
@@ -70,9 +70,11 @@ def verdict(mutant: Mutant, extension: Path) -> str:
                 )
             except subprocess.TimeoutExpired:
                 return f"{files[0]} did not end"
+            failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+            if done.returncode == 1 and failed:
+                return failed.group(1)
             if done.returncode:
-                failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
-                return failed.group(1) if failed else f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
+                raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}: {done.stdout} {done.stderr}")
     return SURVIVED
 
 
