@@ -75,6 +75,8 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
     if hosted is not None:
         host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
+    while name in [tier.name for tier in tiers]:
+        name += "-memory"
     books = [TierBook(name, "cpu", 0, "slot", host_bytes, pool=pool_of(hosted, host_bytes, name), column=0)]
     columns = 1
     for number, tier in enumerate(tiers, start=1):

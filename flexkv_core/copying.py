@@ -62,6 +62,13 @@ class Ranks:
     @classmethod
     def of(cls, devices: Sequence[Device], model: ModelSpec) -> Ranks:
         """Match devices with a model. Raises LayoutError where their blocks have other sizes than it says."""
+        layout = model.tensor_parallel * model.pipeline_parallel
+        if not devices or len(devices) not in (1, layout):
+            # The order of a block's bytes is that of the ranks, so the namespace must tell one layout from another.
+            raise LayoutError(
+                f"{len(devices)} devices for tensor_parallel {model.tensor_parallel} and pipeline_parallel "
+                f"{model.pipeline_parallel}: give one device a rank, and say so in the ModelSpec"
+            )
         by_group = [group.shards(len(devices)) for group in model.groups]
         pages = []
         for number, shards in enumerate(by_group):
@@ -69,9 +76,12 @@ class Ranks:
             for rank, (device, (_, size)) in enumerate(zip(devices, shards, strict=True)):
                 if not size:
                     continue
-                fragments = device.fragments(number)
+                where = f"group {number}, rank {rank}" if len(devices) > 1 else f"group {number}"
+                try:
+                    fragments = device.fragments(number)
+                except LayoutError as error:
+                    raise LayoutError(f"{where}: the model has {size} bytes there, but {error}") from error
                 if fragments.block_bytes != size:
-                    where = f"group {number}, rank {rank}" if len(devices) > 1 else f"group {number}"
                     raise LayoutError(
                         f"{where}: the device's blocks have {fragments.block_bytes} bytes, the model's {size}: "
                         "describe the same tensors in both"
@@ -106,8 +116,24 @@ class Copies:
         self._lock = lock
         self._region = region
         self._seal_threads = min(SEAL_THREADS, len(os.sched_getaffinity(0)))
+        self._transfers: set[Transfer] = set()  # not ended
         self.pending_stores = 0
         self.refused_stores = 0
+
+    def _open(self) -> Transfer:
+        """A new transfer. Any thread."""
+        transfer = Transfer()
+        self._transfers.add(transfer)
+        return transfer
+
+    def _end(self, transfer: Transfer, blocks: int, error: str | None) -> None:
+        transfer.settle(blocks, error)
+        self._transfers.discard(transfer)
+
+    def settle_all(self) -> None:
+        """The manager is closed: nobody shall wait for what will not come. Any thread."""
+        for transfer in list(self._transfers):
+            self._end(transfer, 0, "the manager was closed")
 
     def _on_all_ranks(self, works: Sequence[Callable[[], None]], done: Callable[[BaseException | None], None]) -> None:
         """Run one piece of work a rank on copy threads, then `done` with the first error."""
@@ -135,7 +161,7 @@ class Copies:
             check_blocks(ranks, group, blocks)
             chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
             jobs.append((group, plan.slots[group, : len(blocks)][chosen] * PAGE, blocks[chosen]))
-        transfer = Transfer()
+        transfer = self._open()
         count = sum(len(blocks) for _, _, blocks in jobs)
         alone = len(ranks.devices) == 1
 
@@ -152,11 +178,11 @@ class Copies:
             self._fetches.unpin(fetch)
             if error is not None:
                 logger.error("a load failed", exc_info=error)
-            transfer.settle(0 if error else count, str(error) if error else None)
+            self._end(transfer, 0 if error else count, spelled(error) if error else None)
 
         def start() -> None:
             if fetch.released or transfer.cancelled:
-                transfer.settle(0, "cancelled" if transfer.cancelled else f"the fetch was {fetch.why}")
+                self._end(transfer, 0, "cancelled" if transfer.cancelled else f"the fetch was {fetch.why}")
                 return
             fetch.loads += 1
             works = [functools.partial(scatter, rank) for rank in range(len(ranks.devices))]
@@ -173,7 +199,7 @@ class Copies:
         Args:
             table: (groups, n) int64: device blocks, -1 where there is none.
         """
-        transfer = Transfer()
+        transfer = self._open()
         self._scheduler.call(self._begin_store, transfer, root, keys, table, ranks)
         return transfer
 
@@ -181,23 +207,25 @@ class Copies:
         self, transfer: Transfer, root: bytes, keys: Keys, table: npt.NDArray[np.int64], ranks: Ranks
     ) -> None:
         if transfer.cancelled:
-            transfer.settle(0, "cancelled")
+            self._end(transfer, 0, "cancelled")
             return
         if self.pending_stores >= MAX_PENDING_STORES:
             self.refused_stores += 1
-            transfer.settle(0, "too many stores under way")
+            self._end(transfer, 0, "too many stores under way")
             return
         try:
             with self._lock:
                 plan = self._planner.begin_store(root, keys, table >= 0)
         except Exception as error:
             logger.exception("a store could not be planned")
-            transfer.settle(0, str(error))
+            self._end(transfer, 0, spelled(error))
             return
         self.pending_stores += 1
         alone = len(ranks.devices) == 1
 
         def gather(rank: int) -> None:
+            if transfer.cancelled:
+                return
             device = ranks.devices[rank]
             for group in distinct(plan.groups):
                 first, _ = ranks.shards[rank][group]
@@ -240,26 +268,33 @@ class Copies:
         """Commit, or give up: nothing of the store touches memory any more."""
         self.pending_stores -= 1
         writes: list[Move] = []
-        failure = str(error) or type(error).__name__ if error is not None else None
+        failure = spelled(error) if error is not None else None
         if error is not None:
             logger.error("a store failed", exc_info=error)
         elif transfer.cancelled:
             failure = "cancelled"
         try:
             with self._lock:
+                if failure is None and not self._planner.is_live(plan.root, plan.epoch):
+                    failure = "the namespace was reset"
                 if failure is not None:
                     self._planner.abort_store(plan)
                 else:
                     writes = self._planner.commit_store(plan)
         except Exception as caught:
             logger.exception("a store could not be committed")
-            failure = str(caught)
+            failure = spelled(caught)
         # First, because the blocks are committed: that they also sink is nobody's wait.
-        transfer.settle(0 if failure else len(plan.positions), failure)
+        self._end(transfer, 0 if failure else len(plan.positions), failure)
         self._scheduler.submit_writes(writes)
 
 
-# ---------------------------------------------------------------- what callers pass
+# ---------------------------------------------------------------- what callers pass and get
+
+
+def spelled(error: BaseException) -> str:
+    """What a transfer says of an exception, never nothing."""
+    return str(error) or type(error).__name__
 
 
 def check_blocks(ranks: Ranks, group: int, blocks: npt.NDArray[np.int64]) -> None:

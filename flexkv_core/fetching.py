@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.handles import Fetch
 from flexkv_core.index import Keys
 from flexkv_core.planner import Planner
@@ -52,21 +53,24 @@ class Fetches:
     def start(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool) -> Fetch:
         """Begin a fetch; `keep`: somebody waits for it and will release it. Any thread."""
         fetch = Fetch(lambda fetch: self._scheduler.call(self.release, fetch, "released"), keep=keep)
+        self._waiting.add(fetch)
         self._scheduler.call(self._begin, fetch, root, keys, deadline_s)
         return fetch
 
     def _begin(self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float) -> None:
-        if fetch.released:  # before it began
-            fetch.settle()
-            return
         try:
             with self._lock:
                 fetch.plan = self._planner.begin_fetch(root, keys)
-        except Exception:
-            logger.exception("a fetch could not be planned")
+        except Exception as error:
+            known = isinstance(error, UnknownNamespaceError)
+            logger.log(
+                logging.WARNING if known else logging.ERROR, "a fetch finds nothing: %s", error, exc_info=not known
+            )
+            fetch.released, fetch.why = True, "reset" if known else "refused"
+            self._waiting.discard(fetch)
             fetch.settle()
             return
-        self._waiting.add(fetch)
+        fetch.plan.counted = fetch.keep
         self._pinned.add(fetch)
         loop = self._scheduler.loop
         fetch.timers = [

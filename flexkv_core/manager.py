@@ -57,6 +57,7 @@ class KVCacheManager:
         self._lock = threading.RLock()
         self._closed = False
         self._ranks: dict[bytes, Ranks] = {}
+        self._epochs: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace since the last reset
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
@@ -142,6 +143,8 @@ class KVCacheManager:
             device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
                 the bytes that the model's groups say (`KVGroup.shards`).
 
+        Returns the namespace, since a reset that of the epoch that the reset began.
+
         Raises:
             LayoutError: a block does not fit in a tier, a device's blocks have other sizes, or the stack names
                 another block size.
@@ -157,6 +160,7 @@ class KVCacheManager:
         if device is not None:
             ranks = Ranks.of(device if isinstance(device, Sequence) else [device], model)
         with self._lock:
+            namespace = self._epochs.get(namespace.root, namespace)
             self._planner.add_model(namespace.root, model.groups)
             if ranks is not None:
                 self._ranks[namespace.root] = ranks
@@ -179,6 +183,7 @@ class KVCacheManager:
             ranks = self._ranks.pop(namespace.root, None)
             if ranks is not None:
                 self._ranks[fresh.root] = ranks
+            self._epochs[dataclasses.replace(namespace, epoch=b"").root] = fresh
         self._scheduler.call(self._fetches.reset, namespace.root)
         return fresh
 
@@ -233,11 +238,13 @@ class KVCacheManager:
         """
         self._check_open()
         plan = fetch.plan
-        if plan is None or not fetch.done or fetch.why in ("released", "cancelled"):
+        if not fetch.done or fetch.why in ("released", "cancelled"):
             raise StateError("load needs a fetch that is done and not released: call fetch.wait() first")
-        if fetch.released:
+        with self._lock:
+            reset = plan is None or not self._planner.is_live(plan.root)
+        if plan is None or reset or fetch.released:
             transfer = Transfer()
-            transfer.settle(0, f"the fetch was {fetch.why}")
+            transfer.settle(0, f"the fetch was {fetch.why or 'reset'}")
             return transfer
         return self._copies.load(fetch, plan, self._ranks_of(plan.root), device_blocks)
 
@@ -350,6 +357,7 @@ class KVCacheManager:
         rest = deadline_s - (time.monotonic() - started)
         clean = self._scheduler.close(CLOSE_SHARE * max(rest, 0.0))
         self._fetches.settle_all()
+        self._copies.settle_all()
         if clean:
             self._region.close()
         else:

@@ -20,17 +20,19 @@ class PinBudget:
 
     Attributes:
         used: bytes pinned now.
+        coming: bytes on their way from lower tiers, which the fetches that wait for them will pin.
     """
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
         self.used = 0
+        self.coming = 0
         self._pins: dict[int, int] = {}  # host slot -> pins
 
     @property
     def left(self) -> int:
-        """Bytes that may still be pinned; 0 or less when there are none."""
-        return (self.budget if self.budget is not None else 1 << 62) - self.used
+        """Bytes that may still be pinned."""
+        return max(0, (self.budget if self.budget is not None else 1 << 62) - self.used - self.coming)
 
     def counted(self, slots: Slots) -> npt.NDArray[np.bool_]:
         """Which of these host slots are pinned already; any shape."""

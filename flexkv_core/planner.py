@@ -70,6 +70,10 @@ class Planner:
         """End an epoch: nothing of it matches or commits any more; O(1)."""
         self._ledger.retire(root)
 
+    def is_live(self, root: bytes, epoch: int | None = None) -> bool:
+        """Whether a namespace is in use, and was not reset since `epoch`."""
+        return self._ledger.live(root, epoch) is not None
+
     def groups(self, root: bytes) -> tuple[KVGroup, ...]:
         """The KV groups of a registered namespace."""
         return self._ledger.model(root).groups
@@ -107,7 +111,7 @@ class Planner:
         model = self._ledger.model(root)
         sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
-        blocks = self._within_budget(model, sources[:, :held], slots[:, :held])
+        blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
         self.truncated_fetches += blocks < held
         keys, sources, slots = keys[:blocks], sources[:, :blocks].copy(), slots[:, :blocks]
         want = needed(model.coverages, blocks)
@@ -133,14 +137,22 @@ class Planner:
         self._fetches.add(plan)
         return plan
 
-    def _within_budget(self, model: Model, sources: npt.NDArray[np.int16], slots: Positions) -> int:
-        """How many blocks of a held prefix can be pinned within the budget; (groups, n) arrays of what is where."""
+    def _within_budget(self, model: Model, keys: Keys, sources: npt.NDArray[np.int16], slots: Positions) -> int:
+        """How many blocks of a held prefix can be pinned within the budget; (groups, n) arrays of what is where.
+
+        What others have pinned, or is on its way already, costs nothing.
+        """
         blocks = int(sources.shape[1])
         if self._pins.budget is None or not blocks:
             return blocks
         sizes = np.array([group.slot_bytes for group in model.groups], np.int64)
         new = sizes[:, None] * ~((sources == HOST) & self._pins.counted(slots))
         cost = pin_costs(new, model.coverages)
+        if self._pins.coming and cost[blocks] > self._pins.left:
+            for group, at in zip(*np.nonzero((sources > HOST) & (new > 0)), strict=True):
+                if (keys[at].tobytes(), int(group)) in self._incoming:
+                    new[group, at] = 0
+            cost = pin_costs(new, model.coverages)
         while blocks and cost[blocks] > self._pins.left:
             blocks = min(blocks - 1, int(np.flatnonzero(cost[:blocks] <= self._pins.left)[-1]))
             blocks = covered_prefix(np.not_equal(sources[:, :blocks], NOWHERE), model.coverages)
@@ -157,6 +169,7 @@ class Planner:
         own = own[: len(host_slots)]
         plan.awaited[group, own] = True
         self._incoming.add_new(keys[own], group)
+        self._pins.coming += len(own) * plan.slot_sizes[group]
         for tier in ledger.lower:
             chosen = sources[own] == tier.number
             if chosen.any():
@@ -183,9 +196,14 @@ class Planner:
 
     def drop_read(self, move: Move) -> None:
         """Give up a read that was not started and that nobody waits for."""
-        self._incoming.discard(move.block_keys, move.groups)
+        self._arrived(move)
         self._ledger.let_go(self.tiers[move.tier], move)
         self._ledger.host_pool.free(move.host_slots)
+
+    def _arrived(self, move: Move) -> None:
+        """A read has ended, or will not begin."""
+        self._incoming.discard(move.block_keys, move.groups)
+        self._pins.coming -= move.nbytes
 
     def finish_read(self, move: Move, outcome: npt.NDArray[np.uint8]) -> Deletion | None:
         """Commit what came back good, forget what was not there or corrupt; feed the fetches that wait.
@@ -200,7 +218,7 @@ class Planner:
         counters.corrupt_blocks += int(corrupt.sum())
         counters.missing_blocks += int((outcome == Outcome.MISSING).sum())
         counters.failed_blocks += int((outcome == Outcome.FAILED).sum())
-        self._incoming.discard(move.block_keys, move.groups)
+        self._arrived(move)
         ledger.let_go(tier, move)
         ledger.forget(tier, move.part(gone))
         ledger.commit(ledger.host, move.part(good), move.host_slots[good])
@@ -249,7 +267,7 @@ class Planner:
         ready = self.ready(fetch)
         served = np.where(fetch.pinned[:, :ready], fetch.sources[:, :ready], NOWHERE).max(axis=0, initial=NOWHERE)
         hits = {tier.number: int((served == tier.number).sum()) for tier in self.tiers}
-        for tier in self.tiers:
+        for tier in self.tiers if fetch.counted else ():
             tier.counters.hit_blocks += hits[tier.number]
         return hits
 

@@ -109,6 +109,7 @@ class FetchPlan:
         reads: moves to start; the planner has allocated their host slots.
         open: False once nothing more may be pinned for it (deadline, release).
         truncated: the prefix was held further than the budget of pins allows.
+        counted: its blocks are hits: somebody will use them. False for a prefetch.
     """
 
     root: bytes
@@ -124,6 +125,7 @@ class FetchPlan:
     reads: list[Move] = field(default_factory=list)
     open: bool = True
     truncated: bool = False
+    counted: bool = True
 
 
 @dataclass(slots=True, eq=False)

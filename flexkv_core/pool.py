@@ -90,6 +90,12 @@ class SlotPool:
         """Numbers of the slot classes."""
         return range(len(self._classes))
 
+    @property
+    def used_classes(self) -> list[int]:
+        """Those that have extents now: a tier may have seen many models."""
+        numbers: list[int] = np.unique(self._owner[self._owner != _COMMON]).tolist()
+        return numbers
+
     def slot_class(self, slot_bytes: int) -> int:
         """The number of the class with slots of this size, made on first use.
 
@@ -146,7 +152,8 @@ class SlotPool:
         extents = np.arange(count)
         begins = np.where(self._owner == _COMMON, extents, self._first)
         ends, used = extents + 1, np.zeros(count, np.int64)
-        for number, other in enumerate(self._classes):
+        for number in self.used_classes:
+            other = self._classes[number]
             first = np.flatnonzero(other.slots)
             reach = first + -(-other.slots[first] * other.pages // self._extent_pages)
             mine = self._owner == number

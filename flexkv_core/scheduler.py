@@ -51,7 +51,7 @@ class TierQueue:
         write_limit: bytes that may be queued or being written: all of it is pinned in host memory.
         queued_bytes: how many are.
         in_flight: calls that the tier has not answered; in_flight_bytes: what they move.
-        most_in_flight: bytes that calls under way may move; a single call may exceed it.
+        most_in_flight: bytes that calls under way may move; only a single block may exceed it.
         recovering: the tier is saying what survived a restart; nothing else is asked of it. recovered: it has.
         settling: reads that came back and are being verified.
     """
@@ -119,8 +119,12 @@ class Scheduler:
         self._thread.start()
 
     def call(self, act: Callable[..., Any], *args: Any) -> None:
-        """Have the owner thread call `act`. Any thread."""
-        self.loop.call_soon_threadsafe(act, *args)
+        """Have the owner thread call `act`; after `close` nothing happens. Any thread."""
+        try:
+            self.loop.call_soon_threadsafe(act, *args)
+        except RuntimeError:  # raised by a loop that is closed
+            if not self.loop.is_closed():
+                raise
 
     def ask(self, act: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
         """Have the owner thread call `act` and return its result or raise its exception. Any other thread."""
@@ -258,7 +262,8 @@ class Scheduler:
             for queue in self._queues.values():
                 waiting, queue.prefetches = queue.prefetches, deque()
                 for move in waiting:
-                    (queue.reads if self._planner.awaits(fetch, move).any() else queue.prefetches).append(move)
+                    wanted = move.root == fetch.root and self._planner.awaits(fetch, move).any()
+                    (queue.reads if wanted else queue.prefetches).append(move)
 
     def withdraw_reads(self) -> None:
         """Drop the reads that have not been started and that no fetch waits for any more."""
@@ -279,9 +284,18 @@ class Scheduler:
         return kept
 
     def submit_writes(self, writes: list[Move]) -> None:
-        """Queue writes; what a full queue or an absent tier cannot take is dropped."""
+        """Queue the writes of one path; what a full queue or an absent tier cannot take is dropped, with what continues
+        it in the groups after it."""
+        cut: dict[int, int] = {}  # tier -> the first position that was dropped
         for move in writes:
             queue = self._queues[move.tier]
+            beyond = move.positions > cut.get(move.tier, move.positions[-1])
+            if beyond.any():
+                with self._lock:
+                    self._planner.down.drop_write(move.part(beyond))
+                move = move.part(~beyond)  # noqa: PLW2901
+                if not len(move):
+                    continue
             if queue.link.state not in ("ready", "starting") or not queue.health.takes("write"):
                 queue.health.rejected_blocks += len(move)
                 with self._lock:
@@ -290,8 +304,10 @@ class Scheduler:
             room = queue.write_limit - queue.queued_bytes
             fits = np.cumsum(move.slot_bytes) <= room
             if not fits.all():
+                dropped = move.part(~fits)
+                cut[move.tier] = int(dropped.positions[0])
                 with self._lock:
-                    self._planner.down.drop_write(move.part(~fits))
+                    self._planner.down.drop_write(dropped)
                 move = move.part(fits)  # noqa: PLW2901
             if len(move):
                 queue.writes.append(move)
@@ -323,18 +339,21 @@ class Scheduler:
         capabilities = queue.link.capabilities
         concurrency = capabilities.concurrency if capabilities else 1
         size = capabilities.max_batch_blocks if capabilities else DEFAULT_BATCH_BLOCKS
-        while queue.in_flight < concurrency and (not queue.in_flight or queue.in_flight_bytes < queue.most_in_flight):
-            if queue.reads or queue.prefetches:
-                self._start_read(queue, self._take(queue.reads or queue.prefetches, size))
-            elif queue.writes and queue.link.state == "ready":
-                self._start_write(queue, self._take(queue.writes, size))
-            else:
+        while queue.in_flight < concurrency:
+            line = queue.reads or queue.prefetches
+            if not line and queue.link.state == "ready":
+                line = queue.writes
+            room = queue.most_in_flight - queue.in_flight_bytes
+            if not line or (queue.in_flight and line[0].slot_bytes[0] > room):
                 return
+            move = self._take(line, size, room)
+            (self._start_write if line is queue.writes else self._start_read)(queue, move)
 
     @staticmethod
-    def _take(line: deque[Move], size: int) -> Move:
-        """Take at most `size` blocks from the head of a queue."""
+    def _take(line: deque[Move], size: int, room: int) -> Move:
+        """Take from the head of a queue at most `size` blocks and `room` bytes, but one block at least."""
         move = line.popleft()
+        size = min(size, max(1, int(np.searchsorted(np.cumsum(move.slot_bytes), room, side="right"))))
         if len(move) > size:
             line.appendleft(move.part(slice(size, None)))
             move = move.part(slice(0, size))
@@ -376,7 +395,12 @@ class Scheduler:
         came = statuses == Status.OK
         part = move.part(came)
         faults = verify_blocks(
-            self._region.buffer, part.host_slots * PAGE, part.payload_bytes, part.block_keys, part.groups
+            self._region.buffer,
+            part.host_slots * PAGE,
+            part.payload_bytes,
+            part.block_keys,
+            part.groups,
+            root=part.root,
         )
         outcome[came] = np.where(faults == SealFault.GOOD, Outcome.GOOD, Outcome.CORRUPT)
         return outcome

@@ -40,6 +40,8 @@ from flexkv_core.region import check_disjoint, check_spans, host_bytes, int64_ve
 
 MAGIC = b"FlexKVB\x1a"
 VERSION = 1
+ROOT_AT = 80
+"""Where in the seal page the namespace's root is."""
 
 
 class SealFault(enum.IntEnum):
@@ -56,6 +58,8 @@ class SealFault(enum.IntEnum):
     LENGTH = 6
     CHECKSUM = 7
     """The payload is damaged."""
+    ROOT = 8
+    """It belongs to another namespace, or to an epoch before a reset."""
 
 
 def seal_blocks(
@@ -147,11 +151,13 @@ def verify_blocks(
     keys: npt.NDArray[np.uint8],
     groups: npt.NDArray[np.uint8],
     *,
+    root: bytes | None = None,
     threads: int = 1,
 ) -> npt.NDArray[np.uint8]:
     """Check each block against its seal and the identity that is expected of it. Releases the GIL.
 
-    Arguments and errors are those of `seal_blocks`; the buffer may be read-only and blocks may overlap.
+    Arguments and errors are those of `seal_blocks`; the buffer may be read-only and blocks may overlap. Without a root
+    blocks of any namespace are good.
 
     Returns:
         (n,) uint8: `SealFault` numbers, 0 (GOOD) where the block is the one that was sealed under this key
@@ -161,6 +167,11 @@ def verify_blocks(
     _check_threads(threads)
     faults = np.empty(len(offsets), np.uint8)
     _native.verify_blocks(array, offsets, lengths, keys, groups, faults, threads)
+    if root is not None:
+        pages = offsets + _slot_bytes(lengths) - SEAL_BYTES
+        found = array[pages[:, None] + np.arange(ROOT_AT, ROOT_AT + 32)]
+        other = (found != np.frombuffer(root, np.uint8)).any(axis=1)
+        faults[other & (faults == SealFault.GOOD)] = SealFault.ROOT
     return faults
 
 

@@ -114,7 +114,7 @@ class TierBook:
         another class has kept most of its own."""
         if self.pool is None or self.turnover.get(slot_class, 0) < self.pool.allocated(slot_class):
             return False
-        others = {number: self.pool.allocated(number) for number in self.pool.classes if number != slot_class}
+        others = {number: self.pool.allocated(number) for number in self.pool.used_classes if number != slot_class}
         return any(held and 2 * self.turnover.get(number, 0) < held for number, held in others.items())
 
     def bytes_to_free(self, planned: int) -> int:

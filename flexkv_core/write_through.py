@@ -83,6 +83,9 @@ class WriteThrough:
         """
         tier = self._tiers[move.tier]
         move.generation = tier.generation
+        if self._ledger.live(move.root, move.epoch) is None:  # reset since: nobody will read it
+            self.drop_write(move)
+            return None, None
         if tier.presence is not None:
             if tier.presence.capacity_bytes is None:
                 return move, None

@@ -87,3 +87,10 @@ def make(make_index: MakeIndex) -> Make:
         return index
 
     return made
+
+
+@pytest.fixture
+def gates(install_plugin: Install) -> None:
+    """The backends `gate` and `slotgate` of `gates.py`, installed."""
+    install_plugin("gate", "from gates import gate_backend as flexkv_backend")
+    install_plugin("slotgate", "from gates import slot_gate_backend as flexkv_backend")

@@ -145,3 +145,15 @@ def test_ranges_of_other_classes_cover_whole_runs() -> None:
 )
 def test_extents_are_a_share_of_small_capacities(capacity: int, extent: int) -> None:
     assert extent_bytes(capacity) == extent
+
+
+def test_models_that_are_gone_cost_nothing() -> None:
+    """Regression: each size that had ever been seen was looked at when room was made."""
+    pool = SlotPool(16 * MIB, MIB // 4)
+    for pages in range(1, 200):
+        taken = pool.allocate(pool.slot_class(pages * PAGE), 1)
+        assert taken is not None
+        assert pool.used_classes == [pages - 1]
+        pool.free(taken)
+    assert pool.used_classes == []
+    assert pool.available(0) == 16 * MIB // PAGE

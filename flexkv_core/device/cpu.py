@@ -33,7 +33,8 @@ class CpuDevice:
         """Take the tensors of each KV group; they are kept alive, and must not be resized.
 
         Args:
-            tensors_by_group: for each KV group its tensors, in payload order (see `fragments_of`).
+            tensors_by_group: for each KV group its tensors, in payload order (see `fragments_of`); none for a group of
+                which this rank has no layer.
             block_axis: the axis that counts device blocks: one for all tensors, or one a KV group.
             threads: that share a copy by bytes; default: the processors that this process may use, at most 4.
 
@@ -49,22 +50,25 @@ class CpuDevice:
         axes = [block_axis] * len(self._tensors) if isinstance(block_axis, int) else list(block_axis)
         if len(axes) != len(self._tensors):
             raise LayoutError(f"block_axis: {len(axes)} axes for {len(self._tensors)} KV groups")
-        self._fragments = []
+        self._fragments: list[Fragments | None] = []
         for group, (tensors, axis) in enumerate(zip(self._tensors, axes, strict=True)):
             for number, tensor in enumerate(tensors):
                 place = getattr(getattr(tensor, "device", "cpu"), "type", "cpu")
                 if place != "cpu":
                     raise LayoutError(f"group {group}, tensor {number}: is on {place!r}, must be in the CPU's memory")
             try:
-                self._fragments.append(fragments_of(tensors, axis))
+                self._fragments.append(fragments_of(tensors, axis) if tensors else None)
             except LayoutError as error:
                 raise LayoutError(f"group {group}, {error}") from error
 
     def fragments(self, group: int) -> Fragments:
-        """Return where the blocks of a KV group lie; LayoutError for a group that there is not."""
+        """Return where the blocks of a KV group lie; LayoutError for a group that this device has nothing of."""
         if not 0 <= group < len(self._fragments):
             raise LayoutError(f"group {group}: this device has groups 0 to {len(self._fragments) - 1}")
-        return self._fragments[group]
+        fragments = self._fragments[group]
+        if fragments is None:
+            raise LayoutError(f"group {group}: this device has no tensors of it")
+        return fragments
 
     def gather(
         self, host: Any, offsets: npt.NDArray[np.int64], device_blocks: npt.NDArray[np.int64], group: int = 0
