@@ -149,9 +149,9 @@ class Planner:
         new = sizes[:, None] * ~((sources == HOST) & self._pins.counted(slots))
         cost = pin_costs(new, model.coverages)
         if self._pins.coming and cost[blocks] > self._pins.left:
-            for group, at in zip(*np.nonzero((sources > HOST) & (new > 0)), strict=True):
-                if (keys[at].tobytes(), int(group)) in self._incoming:
-                    new[group, at] = 0
+            for group in range(len(new)):
+                at = np.flatnonzero((sources[group] > HOST) & (new[group] > 0))
+                new[group, at[self._incoming.contains(keys[at], group)]] = 0
             cost = pin_costs(new, model.coverages)
         while blocks and cost[blocks] > self._pins.left:
             blocks = min(blocks - 1, int(np.flatnonzero(cost[:blocks] <= self._pins.left)[-1]))
