@@ -165,7 +165,7 @@ def nothing_left(manager: KVCacheManager) -> None:
         assert planner._pins.coming == 0
         assert not any(tier.queued or tier.reserved_bytes for tier in planner.tiers)
         for tier in planner.tiers:
-            assert tier.presence is None or not tier.presence._pins
+            assert tier.presence is None or not tier.presence.pinned
             if tier.pool is not None and tier.column is not None:
                 allocated = sum(tier.pool.allocated(number) for number in tier.pool.classes)
                 assert allocated == planner.index.count(tier.column)
