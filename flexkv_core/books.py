@@ -25,7 +25,7 @@ from flexkv_core.tier_book import TierBook
 MIB = 1 << 20
 EXTENT_BYTES = 32 * MIB
 """Of a large tier. A small one has extents of about a 16th of its capacity, so that several slot classes find room."""
-SMALLEST_EXTENT_BYTES = MIB
+SMALLEST_EXTENT_BYTES = MIB // 16
 STAGING_BYTES = 256 * MIB
 """Host memory of a stack without a cpu tier: blocks pass through it on their way."""
 UNBOUNDED_BLOCKS = 1 << 26

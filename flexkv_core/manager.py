@@ -39,6 +39,8 @@ logger = logging.getLogger("flexkv.manager")
 
 DEFAULT_FETCH_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 5.0
+IN_FLIGHT_BYTES = 64 << 20
+"""What calls of one tier under way may move, or a quarter of host memory where that is more."""
 CLOSE_SHARE = 0.8
 """Of the time that is left to close a tier; what remains of it is for killing and reaping one that hangs."""
 
@@ -131,7 +133,8 @@ class KVCacheManager:
             else InlineLink(settings, loop, self._region.buffer, changed)
         )
         limit = tier.write_queue or self._region.size // 4
-        self._scheduler.add_tier(book.number, link, limit, tier.in_flight or self._region.size // 4, tier.breaker)
+        in_flight = tier.in_flight or max(self._region.size // 4, IN_FLIGHT_BYTES)
+        self._scheduler.add_tier(book.number, link, limit, in_flight, tier.breaker)
 
     # ---------------------------------------------------------------- models
 

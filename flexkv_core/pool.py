@@ -4,8 +4,8 @@ Owns which slots of a tier are free. Does not own bytes, copies (`index/`), or t
 
 A class of slots takes extents from the common pool when it needs them, as *runs* of contiguous extents, and gives a run
 back when all its slots are free. Slots lie one behind another in a run; what is left at its end is waste. The
-run's length is the smallest that wastes at most 1/8 of itself, or the least wasteful of 16 lengths: one extent for
-slots up to 1/8 of it, several for larger ones, at least one slot always. A run begins at a multiple of that length,
+run's length is the smallest that wastes at most 1/64 of itself, or the least wasteful of 16 lengths: one extent for
+slots up to 1/64 of it, several for larger ones, at least one slot always. A run begins at a multiple of that length,
 so that from a slot and its class alone its run can be found again (`adopt`). Where a whole one does not fit (the end of
 the capacity, before another class's run), a shorter one is used as far as it goes.
 
@@ -28,7 +28,7 @@ Slots = npt.NDArray[np.int64]
 _Counts = npt.NDArray[np.int64]
 
 _COMMON = -1
-_MOST_WASTE = 1 / 8
+_MOST_WASTE = 1 / 64
 _RUN_LENGTHS = 16
 
 

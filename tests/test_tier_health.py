@@ -235,7 +235,8 @@ def test_an_open_breaker_promises_nothing_calls_nothing_and_drops_writes(tmp_pat
 def test_reads_that_wait_when_the_breaker_opens_are_misses_at_once(tmp_path: Path) -> None:
     """40 reads are planned before the first has failed: the first few are asked, the others never."""
     faults = {"error": 1.0, "delay": 1.0, "delay_s": 0.1, "operations": ["read"]}
-    with KVCacheManager.open(stack(tmp_path, host_blocks=48, faults=faults, breaker=FOR_EVER)) as manager:
+    unbound = {"pin_budget": 1.0}
+    with KVCacheManager.open(stack(tmp_path, host_blocks=48, faults=faults, breaker=FOR_EVER) | unbound) as manager:
         engine, keys = sunk(manager, prompts=46)
         fetches = [manager.fetch(engine.namespace, one) for one in keys[:6]]
         assert all(fetch.wait(20) for fetch in fetches)

@@ -97,7 +97,7 @@ class TierConfig:
         evict_start_threshold: eviction starts when this share of the capacity would be passed.
         admission: which of the blocks that requests offer the tier takes; the host tier takes all.
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
-        in_flight: bytes that calls under way may move; None: a quarter of host memory.
+        in_flight: bytes that calls under way may move; None: a quarter of host memory, at least 64 MiB.
         deadline_s: a call of the backend that takes longer gets its process killed.
         breaker: when a lower tier that fails is left alone.
         faults: failures on purpose, in a lower tier.

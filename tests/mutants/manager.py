@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "reads_not_shared",
         "planner.py",
-        "shared = np.fromiter((i in self._incoming for i in ids), np.bool_, len(ids))",
-        "shared = np.zeros(len(ids), np.bool_)",
+        "shared = self._incoming.contains(keys[missing], group)",
+        "shared = np.zeros(len(missing), np.bool_)",
         "fetches of one missing block share its read",
         MANAGER,
     ),
@@ -268,7 +268,7 @@ MUTANTS = [
     Mutant(
         "queued_twice",
         "write_through.py",
-        "                    tier.queued.update((keys[p].tobytes(), group) for p in at)\n",
+        "                    tier.queued.add_new(keys[at], group)\n",
         "",
         "a block is written down once",
         PINS,
