@@ -133,6 +133,21 @@ def test_a_fetch_cancelled_while_it_is_loaded_keeps_its_pins_until_the_load_has_
     until(lambda: settled(manager)["pinned_bytes"] == 0)
 
 
+def test_reads_that_nobody_waits_for_after_a_deadline_are_not_made_and_hold_no_memory(manager: KVCacheManager) -> None:
+    """Regression: a tier that hung had all of host memory booked, and stores were refused."""
+    rig, gate, prompts = sunk(manager, *((seed, 6) for seed in range(1, 5)))
+    for keys in prompts:
+        fetch = rig.fetch(keys, deadline_s=0.0)
+        assert fetch.wait(PATIENCE_S)
+        fetch.release()
+    assert settled(manager)["fetches"] == 0
+    assert rig.begin_store(rig.keys(9, HOST - 4)).wait(PATIENCE_S)
+    assert rig.found(rig.keys(9, HOST - 4))[1] == HOST - 4, "but for the one call that is under way"
+    gate.open("read")
+    assert manager.drain(PATIENCE_S)
+    assert gate.blocks("read") == own(prompts[0][:4])
+
+
 # ---------------------------------------------------------------- stores and loads
 
 
