@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -349,3 +350,21 @@ def test_close_answers_whoever_waits_and_later_calls_do_no_harm(gates: None) -> 
     manager.cancel(stores[0])
     rig.device.free.set()
     gate.open("read")
+
+
+def test_close_does_not_wait_for_a_device_that_hangs(gates: None) -> None:
+    """Regression: it waited for the copy threads, whatever its deadline was."""
+    manager = KVCacheManager.open(gate_stack(HOST))
+    rig = Rig(manager)
+    rig.device.free.clear()
+    transfer = rig.begin_store(rig.keys(1, 2))
+    until(lambda: rig.device.gathers == 1)
+    closing = threading.Thread(target=manager.close, args=(0.2,))
+    closing.start()
+    closing.join(PATIENCE_S / 2)
+    hung = closing.is_alive()
+    rig.device.free.set()
+    closing.join()
+    assert not hung
+    assert transfer.wait(PATIENCE_S)
+    assert transfer.error == "the manager was closed"
