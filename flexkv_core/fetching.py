@@ -99,6 +99,7 @@ class Fetches:
         """Complete, or its time is up."""
         if fetch.done or fetch.plan is None:
             return
+        waited = bool(fetch.plan.awaited.any())
         with self._lock:
             served = self._planner.close_fetch(fetch.plan)
             fetch.ready = self._planner.ready(fetch.plan)
@@ -106,6 +107,8 @@ class Fetches:
         self._waiting.discard(fetch)
         fetch.timers[0].cancel()
         fetch.settle()
+        if waited:  # else a tier that is slow or hangs would book host memory for reads that nobody wants any more
+            self._scheduler.withdraw_reads()
         if not fetch.keep:
             self.release(fetch, "released")
 
@@ -119,7 +122,6 @@ class Fetches:
     def cancel(self, fetch: Fetch) -> None:
         """End a fetch: what it waits for is not read, unless others wait for it too; its pins go."""
         self.release(fetch, "cancelled")
-        self._scheduler.withdraw_reads()
 
     def release(self, fetch: Fetch, why: str) -> None:
         """Take back its pins, when its last load has ended."""
@@ -144,7 +146,6 @@ class Fetches:
         for fetch in [fetch for fetch in self._pinned if fetch.plan is not None and fetch.plan.root == root]:
             self._finish(fetch)
             self.release(fetch, "reset")
-        self._scheduler.withdraw_reads()
 
     def settle_all(self) -> None:
         """The manager is closed: nobody shall wait for what will not come. Any thread."""

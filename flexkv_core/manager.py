@@ -209,9 +209,9 @@ class KVCacheManager:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
         Returns at once. At the deadline, seconds from now (less than 0 counts as 0), the fetch is done with what is
-        ready; later blocks are kept for others. A prefix longer than host memory can hold beside other pins, or than
-        the stack's `pin_budget` leaves, is truncated. A fetch that is not released within `pin_limit_s` loses its
-        pins, and can no longer be loaded.
+        ready; reads under way are kept for others, those that have not begun are not made. A prefix longer than host
+        memory can hold beside other pins, or than the stack's `pin_budget` leaves, is truncated. A fetch that is not
+        released within `pin_limit_s` loses its pins, and can no longer be loaded.
         """
         self._check_open()
         return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True)

@@ -157,7 +157,7 @@ class Scheduler:
             for queue in self._queues.values():
                 self._abandon(queue)
             await asyncio.gather(*(link.close(deadline_s) for link in links), return_exceptions=True)
-            return all(queue.in_flight == 0 for queue in self._queues.values())
+            return self._jobs == 0 and all(queue.in_flight == 0 for queue in self._queues.values())
 
         try:
             clean = asyncio.run_coroutine_threadsafe(stop(), self.loop).result(deadline_s + 1.0)

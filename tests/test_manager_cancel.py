@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -131,6 +132,21 @@ def test_a_fetch_cancelled_while_it_is_loaded_keeps_its_pins_until_the_load_has_
     assert (transfer.blocks, transfer.error) == (4, None)
     assert rig.wrong(keys, 4) == 0
     until(lambda: settled(manager)["pinned_bytes"] == 0)
+
+
+def test_reads_that_nobody_waits_for_after_a_deadline_are_not_made_and_hold_no_memory(manager: KVCacheManager) -> None:
+    """Regression: a tier that hung had all of host memory booked, and stores were refused."""
+    rig, gate, prompts = sunk(manager, *((seed, 6) for seed in range(1, 5)))
+    for keys in prompts:
+        fetch = rig.fetch(keys, deadline_s=0.0)
+        assert fetch.wait(PATIENCE_S)
+        fetch.release()
+    assert settled(manager)["fetches"] == 0
+    assert rig.begin_store(rig.keys(9, HOST - 4)).wait(PATIENCE_S)
+    assert rig.found(rig.keys(9, HOST - 4))[1] == HOST - 4, "but for the one call that is under way"
+    gate.open("read")
+    assert manager.drain(PATIENCE_S)
+    assert gate.blocks("read") == own(prompts[0][:4])
 
 
 # ---------------------------------------------------------------- stores and loads
@@ -334,3 +350,21 @@ def test_close_answers_whoever_waits_and_later_calls_do_no_harm(gates: None) -> 
     manager.cancel(stores[0])
     rig.device.free.set()
     gate.open("read")
+
+
+def test_close_does_not_wait_for_a_device_that_hangs(gates: None) -> None:
+    """Regression: it waited for the copy threads, whatever its deadline was."""
+    manager = KVCacheManager.open(gate_stack(HOST))
+    rig = Rig(manager)
+    rig.device.free.clear()
+    transfer = rig.begin_store(rig.keys(1, 2))
+    until(lambda: rig.device.gathers == 1)
+    closing = threading.Thread(target=manager.close, args=(0.2,))
+    closing.start()
+    closing.join(PATIENCE_S / 2)
+    hung = closing.is_alive()
+    rig.device.free.set()
+    closing.join()
+    assert not hung
+    assert transfer.wait(PATIENCE_S)
+    assert transfer.error == "the manager was closed"

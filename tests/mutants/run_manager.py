@@ -44,24 +44,32 @@ def native_extension() -> Path:
     return Path(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
 
 
-def verdict(mutant: Mutant, extension: Path) -> str:
+def snapshot(to: Path) -> None:
+    """Copy what is needed, so that the working tree may change meanwhile."""
+    for name in ("flexkv_core", "tests", "backends"):
+        shutil.copytree(REPOSITORY / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy2(REPOSITORY / "pyproject.toml", to)
+    extension = native_extension()
+    shutil.copy2(extension, to / "flexkv_core" / extension.name)
+
+
+def verdict(mutant: Mutant, tree: Path) -> str:
     """The first test that failed, or SURVIVED."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         package = Path(folder) / "flexkv_core"
-        shutil.copytree(REPOSITORY / "flexkv_core", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        shutil.copy2(extension, package / extension.name)
+        shutil.copytree(tree / "flexkv_core", package, ignore=shutil.ignore_patterns("__pycache__"))
         target = package / mutant.file
         target.write_text(mutated(mutant, target.read_text()))
         # -S, -P and a path of our own: an editable install and the working directory would come before PYTHONPATH.
         site = [path for path in sys.path if "site-packages" in path]
-        sources = [str(path) for path in sorted((REPOSITORY / "backends").glob("*/src"))]
+        sources = [str(path) for path in sorted((tree / "backends").glob("*/src"))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sources, *site])}
         command = [sys.executable, "-S", "-P", "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         for files in ([mutant.first], [name for name in test_files() if name != mutant.first]):
             try:
                 done = subprocess.run(
                     [*command, *(f"tests/{name}" for name in files)],
-                    cwd=REPOSITORY,
+                    cwd=tree,
                     env=environment,
                     capture_output=True,
                     text=True,
@@ -91,13 +99,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
-    extension = native_extension()
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = {mutant.name: pool.submit(verdict, mutant, extension) for mutant in chosen}
-        results = {}
-        for mutant in chosen:
-            results[mutant.name] = waiting[mutant.name].result()
-            print(f"{mutant.name}: {results[mutant.name]}", flush=True)
+    results = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool,
+    ):
+        snapshot(Path(folder))
+        waiting = {pool.submit(verdict, mutant, Path(folder)): mutant.name for mutant in chosen}
+        for done in concurrent.futures.as_completed(waiting):
+            results[waiting[done]] = done.result()
+            print(f"{waiting[done]}: {done.result()}", flush=True)
     killed = sum(result != SURVIVED for result in results.values())
     if not arguments.names:
         lines = [
