@@ -57,6 +57,16 @@ def test_orphans_match_nothing_go_first_and_join(index: Index) -> None:
     assert all_evicted(index) == [9, 3, 2, 1]
 
 
+def test_orphans_join_in_the_midst_of_an_insert(index: Index) -> None:
+    recover(index, ("abc", 3), ("abxyzq", 7), ("nope", 8))
+    index.end_recovery()
+    assert figures(index, "orphans") == [3]
+    assert put(index, "abxyzq", 11, 12, 13, 14, 15, 16) == [True] * 5 + [False]  # one is there and joins
+    assert figures(index, "positions", "orphans") == [8, 1]
+    assert (held(index, "abc"), held(index, "abxyzq")) == ([11, 12, 3], [11, 12, 13, 14, 15, 7])
+    assert (blocks(index, "abc"), blocks(index, "abxyzq")) == (3, 6)
+
+
 def test_orphans_join_when_recovery_brings_their_parent(index: Index) -> None:
     recover(index, ("abcd", 4))
     recover(index, ("ab", 2))

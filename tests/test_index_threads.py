@@ -255,8 +255,8 @@ for number in range(1, 100_000):
 else:
     sys.exit("memory never ran out")
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-calls = index.statistics, lambda: index.match(root, rows), lambda: index.evict(0, 1), lambda: index.has_namespace(root)
-for call in calls:
+calls = lambda: index.match(root, rows), lambda: index.evict(0, 1), lambda: index.has_namespace(root)
+for call in (index.statistics, *calls):
     try:
         call()
     except StateError as error:

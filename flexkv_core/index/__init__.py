@@ -105,7 +105,8 @@ class Copies(NamedTuple):
 
 
 class Index(Protocol):
-    """One owner calls everything; `match` may be called by any thread.
+    """One owner calls everything; `match` may be called by any thread. The native index raises StateError for a call
+    from within another (a policy's, a finalizer's), and for any call after a change that MemoryError broke off.
 
     Arrays of keys always start at the namespace's first block: `keys[i]` is position i. `start` and `stop`
     select positions. All methods raise `UnknownNamespaceError` for a root that was not added, or that was retired
