@@ -21,6 +21,7 @@ WEIGHTS = {
     "match": 6,
     "residency": 3,
     "touch": 14,
+    "hits_for_all": 0.5,
     "copies": 2,
     "advance": 2,
     "pin": 6,
@@ -50,6 +51,41 @@ class Space:
 
     def keys(self, path: Path) -> np.ndarray:
         return block_keys(np.array(path, np.int32), 1, self.root)
+
+
+Pinned = tuple[Space, Path, int, int]
+"""A position by the path that ends there, tier and group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """Positions [start, stop) of a path in a column."""
+
+    space: Space
+    path: Path
+    tier: int
+    group: int
+    start: int
+    stop: int
+
+    def positions(self, start: int, stop: int) -> list[Pinned]:
+        """Names of some positions of this path and column."""
+        return [(self.space, self.path[: at + 1], self.tier, self.group) for at in range(start, stop)]
+
+
+@dataclass
+class Piece:
+    """Arguments of one call of recover."""
+
+    space: Space
+    tier: int
+    group: int
+    keys: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+    slots: np.ndarray
+    refused: np.ndarray
+    """(n,) bool: contradicts the tree whatever has happened in between."""
 
 
 def bad_calls(dice: Random, space: Space, keys: np.ndarray, tiers: int) -> list[tuple[Any, ...]]:

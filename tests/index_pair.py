@@ -10,57 +10,37 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
-from index_calls import WEIGHTS, Path, Space, bad_calls, brief, normal, outcome, rows_of, runs_of, same
+from index_calls import (
+    WEIGHTS,
+    Path,
+    Piece,
+    Pinned,
+    Range,
+    Space,
+    bad_calls,
+    brief,
+    normal,
+    outcome,
+    rows_of,
+    runs_of,
+    same,
+)
 
 from flexkv_core.index import MAX_SLOT, NO_SLOT, GroupRule, Index
 from flexkv_core.layout import Coverage
 from flexkv_core.policies import Eviction
 
 MakeIndex = Callable[[int, Sequence[str | Eviction]], Index]
-Pinned = tuple[Space, Path, int, int]
-"""A position by the path that ends there, tier and group."""
 
 TOKENS = 3
 MOST_COPIES = 400
 """Of a tier: above it, inserts make room first, so that trees stay small and change much."""
 COVERAGES = [Coverage(), Coverage(), Coverage.window(1), Coverage.window(3), Coverage("state")]
 STATISTICS = ("namespaces", "positions", "orphans", "copies", "pinned")
-
-
-@dataclass(frozen=True, eq=False)
-class Range:
-    """Positions [start, stop) of a path in a column."""
-
-    space: Space
-    path: Path
-    tier: int
-    group: int
-    start: int
-    stop: int
-
-    def positions(self, start: int, stop: int) -> list[Pinned]:
-        """Names of some positions of this path and column."""
-        return [(self.space, self.path[: at + 1], self.tier, self.group) for at in range(start, stop)]
-
-
-@dataclass
-class Piece:
-    """Arguments of one call of recover."""
-
-    space: Space
-    tier: int
-    group: int
-    keys: np.ndarray
-    parents: np.ndarray
-    depths: np.ndarray
-    slots: np.ndarray
-    refused: np.ndarray
-    """(n,) bool: contradicts the tree whatever has happened in between."""
 
 
 class Pair:
@@ -204,10 +184,12 @@ class Pair:
         path, (tier, group) = self.path(dice, space, deep=True), self.column(dice, space)
         if len(self.held[tier]) + len(path) > MOST_COPIES:
             self._make_room(dice, tier)
-        keys = space.keys(path)
         wanted = [at >= min(first, len(path) - 1) and dice.random() < share for at in range(len(path))]
         slots = np.array([self.slot(dice) if want else NO_SLOT for want in wanted], np.int64)
-        mask = self.call("insert", space.root, keys, tier, group, slots)
+        self._commit(space, path, tier, group, slots)
+
+    def _commit(self, space: Space, path: Path, tier: int, group: int, slots: np.ndarray) -> None:
+        mask = self.call("insert", space.root, space.keys(path), tier, group, slots)
         if isinstance(mask, Exception):
             assert space.retired or space not in self.spaces, mask
             self.taken["insert refused"] += 1
@@ -243,6 +225,22 @@ class Pair:
         part = path if dice.random() < 0.5 else path[: dice.randint(0, len(path))]
         for _ in range(dice.choice((1, 1, 1, 3, 4))):
             self.call("touch", space.root, space.keys(part))
+
+    def hits_for_all(self, dice: Random) -> None:
+        """Little but single blocks with hits, and few new ones: under s3fifo the main queue becomes the larger one."""
+        space = self.space(dice)
+        tier, group = self.column(dice, space)
+        slot_class = space.rules[group].class_in(tier)
+        for count in (100, 30, 10, 3, 1):
+            while self._evict(tier, count, slot_class):
+                pass
+        paths = [(TOKENS + number,) for number in range(dice.randint(10, 25))]
+        for path in paths:
+            self._commit(space, path, tier, group, np.array([self.slot(dice)], np.int64))
+        for path in paths[dice.randint(1, 3) :] * 2:
+            self.call("touch", space.root, space.keys(path))
+        for _ in range(dice.randint(1, 9)):
+            self._evict(tier, 1, slot_class)
 
     def copies(self, dice: Random) -> None:
         space = self.space(dice)
@@ -332,14 +330,18 @@ class Pair:
         slot_class = dice.choice([*self.classes(), 7]) if dice.random() < 0.1 else dice.choice(self.classes() or [0])
         held = len(self.held[tier])
         count = dice.choice((0, 1, 1, dice.randint(1, 5), dice.randint(1, 30), dice.randint(0, held), held + 1))
+        self._evict(tier, count, slot_class)
+
+    def _evict(self, tier: int, count: int, slot_class: int) -> bool:
         gone = self.good("evict", tier, count, slot_class)
         if gone is None:
             self.taken["evict none"] += 1
-            return
+            return False
         assert len(gone.slots) == count
         retired = {space.root for space in self.spaces if space.retired}
         self.taken["evicted of a retired one"] += any(root.tobytes() in retired for root in gone.roots)
         self._went(tier, gone.slots)
+        return True
 
     def evict_range(self, dice: Random) -> None:
         """Slots that lie together, as an extent's do; the count is right, mostly."""

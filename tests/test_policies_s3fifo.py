@@ -87,6 +87,16 @@ def test_s3fifo_a_tenth_is_counted_by_slot_class(make_index: MakeIndex) -> None:
     assert evicted(index, 1) == [1]
 
 
+def test_s3fifo_what_moves_to_main_is_small_no_more(make: Make) -> None:
+    index = make("s3fifo")
+    into_main(index, "abcdefghij", 1)
+    put(index, "p", 20)
+    index.touch(ROOT, keys("p"))
+    index.touch(ROOT, keys("p"))
+    put(index, "q", 21)
+    assert evicted(index, 1) == [1]  # p has moved: small holds one of twelve
+
+
 def test_s3fifo_takes_from_small_if_main_has_no_candidate(make: Make) -> None:
     index = make("s3fifo")
     into_main(index, "abcdefghijkl", 1)

@@ -119,10 +119,10 @@ NODES = [
         "trim: only the last column counts",
     ),
     Mutant(
-        "trim-hole", SHAPE,
-        "if (state.hole != GroupState::kNoHole && state.hole >= length) state.hole = GroupState::kNoHole;",
-        "if (state.hole == length) state.hole = GroupState::kNoHole;",
-        "trim: a hole that was cut off stays",
+        "trim-forgets", SHAPE,
+        "if (length == 0) by_first_key_.erase(key_in(here, 0), id);",
+        "if (length <= 1) by_first_key_.erase(key_in(here, 0), id);",
+        "trim: a node that is cut to one position is not found any more",
     ),
     Mutant(
         "key-map-gap", KEY_MAP,

@@ -73,7 +73,7 @@ class Tree:
         nanobind = importlib.util.find_spec("nanobind")
         if nanobind is None or nanobind.origin is None:
             raise SystemExit("nanobind is not installed: see requirements/build.txt")
-        configure = [
+        configure: list[str | Path] = [
             tool("cmake"), "-S", self.folder, "-B", self.build, "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dnanobind_ROOT={Path(nanobind.origin).parent / 'cmake'}",
@@ -135,10 +135,11 @@ def verdict(code: int | None, log: str) -> str:
     if code == 0:
         return SURVIVED
     begun: list[tuple[str, str]] = re.findall(r"^(tests/\S+\.py::.*?)(?: (PASSED|FAILED|ERROR|SKIPPED).*)?$", log, re.M)
-    last = begun[-1][0].strip() if begun else "collection"
+    last = begun[-1][0].partition(" Fatal Python error")[0].strip() if begun else "collection"
     if code == 1:
         last = next((name for name, state in begun if state in ("FAILED", "ERROR")), last)
-        return last.removeprefix("tests/")
+        steps = re.search(r"after (\d+) steps in all", log)
+        return last.removeprefix("tests/") + (f" after {steps[1]} steps" if steps else "")
     return f"{'HANG' if code is None else f'CRASH ({code})'} in {last.removeprefix('tests/')}"
 
 
