@@ -49,7 +49,6 @@ def _machinery(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(manager, "InlineLink", KillableLink)
     monkeypatch.setattr(books, "SMALLEST_EXTENT_BYTES", 32 << 10)
     monkeypatch.setattr(books, "STAGING_BYTES", 256 << 10)
-    monkeypatch.setattr(logging.getLogger("flexkv"), "propagate", False)
     monkeypatch.setattr(threading, "excepthook", lambda args: Current.gates.complain(f"a thread: {args.exc_value!r}"))
     yield
 
