@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ from machine_world import PAGES, SLACK_S, SLOT, Base, Fetched, Load, Model, Stor
 from flexkv_core.errors import ManagerClosedError, StateError, UnknownNamespaceError
 
 WEIGHTS = {
-    "store": 12,
-    "storm": 5,
+    "store": 9,
+    "storm": 8,
     "fetch": 6,
     "prefetch": 3,
     "load": 7,
     "release": 4,
     "lookup": 5,
     "cancel": 5,
-    "aim_fetch": 16,
-    "aim_store": 12,
-    "aim_load": 10,
+    "aim_fetch": 22,
+    "aim_store": 10,
+    "aim_load": 7,
+    "aim_write": 5,
     "shut": 2,
     "let_go": 6,
     "open": 8,
@@ -37,7 +38,7 @@ WEIGHTS = {
     "reset": 1,
     "kill": 2,
     "return_": 4,
-    "expire": 2,
+    "expire": 3,
     "strangers": 2,
     "figures": 2,
 }
@@ -72,8 +73,9 @@ class World(Base):
     """See `Base`; `step` takes one operation, `end` closes the world."""
 
     def __init__(self, kind: str, dice: random.Random, root: Path, taken: Counter[str]) -> None:
-        super().__init__(kind, dice, root, taken)
         self.scatter_fails = False
+        self.sunk: deque[tuple[Model, tuple[int, ...]]] = deque(maxlen=16)
+        super().__init__(kind, dice, root, taken)
 
     def step(self, operation: str) -> None:
         self.log.append(operation)
@@ -93,7 +95,7 @@ class World(Base):
 
     def _note_drops(self, operation: str) -> None:
         dropped = sum(tier.counters.dropped_blocks for tier in self.planner.tiers[1:])
-        if dropped > self.dropped and operation not in ("kill", "return_"):
+        if dropped > self.dropped and operation != "kill":
             queues = self.scheduler.queues().values()
             full = [q for q in queues if q.link.state == "ready" and q.queued_bytes + 2 * SLOT > q.write_limit]
             if full:
@@ -144,9 +146,36 @@ class World(Base):
         return store
 
     def storm(self) -> None:
-        """Several new prompts: what is not pinned has to go."""
-        for _ in range(3):
-            self.store((self.dice.randrange(7, 30), *self.dice.choices((0, 1), k=4)))
+        """Several prompts sink to the lower tiers: what is not pinned has to go from host memory."""
+        self._all_return()
+        self.rest()
+        for _ in range(self.dice.randint(2, 4)):
+            steps = self.steps()
+            store = self.store(steps)
+            if store is None:
+                return
+            assert store.transfer.wait(PATIENCE_S), "a store does not end"
+            assert self.manager.drain(PATIENCE_S), "the manager does not come to rest"
+            self.reap()
+            self.sunk.append((store.model, steps))
+
+    def aim_write(self) -> None:
+        """A write that is held, and then what may happen to it."""
+        self._all_return()
+        self.gates.open_all()
+        self.gates.shut.add("write")
+        store = self.store()
+        if store is None:
+            return
+        assert store.transfer.wait(PATIENCE_S), "a store does not end"
+        self.settle(0.02)
+        act = self.dice.choices(("kill", "reset", "go"), (5, 1, 1))[0]
+        if act == "kill":
+            self.kill("write")
+        elif act == "reset":
+            self._reset(store.model)
+        if self.dice.random() < 0.5:
+            self.gates.open("write")
 
     def aim_store(self) -> None:
         """A store that is held in some phase, and then what may happen to it."""
@@ -166,6 +195,10 @@ class World(Base):
             self._cancel_store(store)
         elif act == "reset":
             self._reset(store.model)
+        elif dice.random() < 0.4:
+            self.gates.open_all()
+            assert store.transfer.wait(PATIENCE_S), "a store does not end"
+            self._cancel_store(store)
         if dice.random() < 0.5:
             self.gates.open(kind)
 
@@ -190,12 +223,11 @@ class World(Base):
     def fetch(self, *, keep: bool = True, deadline_s: float | None = None, aimed: bool = False) -> Fetched:
         dice, model = self.dice, self.dice.choice(self.models)
         keys = model.path(self.steps())
-        for _ in range(8 if aimed else 0):  # look for something that only lower tiers have
-            found = self.manager.lookup(model.namespace, keys)
-            if found.blocks > found.host_blocks:
+        for known, steps in dice.sample(self.sunk, len(self.sunk)) if aimed else ():
+            found = self.manager.lookup(known.namespace, known.path(steps))
+            if found.blocks > found.host_blocks:  # something that only lower tiers have
+                model, keys = known, known.path(steps)
                 break
-            model = dice.choice(self.models)
-            keys = model.path(self.steps())
         if len(self.fetches) > 7:
             self._release(self.fetches[0])
         if deadline_s is None:
@@ -221,7 +253,7 @@ class World(Base):
         dice = self.dice
         kind = dice.choice(("read", "read", "verify"))
         self.gates.shut.add(kind)
-        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (8, 3, 1, 3, 3))[0]
+        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (9, 5, 2, 3, 2))[0]
         deadline_s = 0.01 if act == "deadline" else 600.0
         fetched = self.fetch(aimed=True, deadline_s=deadline_s, keep=dice.random() < 0.8)
         if dice.random() < 0.9:
@@ -231,7 +263,7 @@ class World(Base):
         if act == "cancel":
             self._cancel_fetch(fetched)
         elif act == "kill":
-            self.kill()
+            self.kill("read")
         elif act == "reset":
             self._reset(fetched.model)
         elif act == "deadline":
@@ -328,6 +360,8 @@ class World(Base):
             self.gates.open_all()
             fetched = self.fetch(deadline_s=600.0)
             assert fetched.fetch.wait(PATIENCE_S), "a fetch does not end"
+        for kind in ("gather", "seal", "verify") if dice.random() < 0.6 else ():
+            self.gates.open(kind)
         self.gates.shut.add("scatter")
         if dice.random() < 0.2:
             self.gates.failing["scatter", dice.randrange(len(fetched.model.devices))] += 1
@@ -339,7 +373,7 @@ class World(Base):
             return
         if dice.random() < 0.8:
             self.settle()
-        act = dice.choices(("cancel", "release", "reset", "go"), (4, 3, 2, 2))[0]
+        act = dice.choices(("cancel", "release", "reset", "go"), (6, 3, 2, 2))[0]
         if act == "cancel":
             self._cancel_load(made)
         elif act == "release":
@@ -426,10 +460,12 @@ class World(Base):
             assert f.fetch.done, "a fetch of a namespace that was reset goes on"
             assert f.fetch.released
 
-    def kill(self) -> None:
-        """A tier dies."""
+    def kill(self, during: str = "") -> None:
+        """A tier dies; during a call of that kind, if there is one."""
         links = {number: link for number, link in self.links.items() if link.state == "ready"}
-        number = pick(self.dice, list(links))
+        named = {held.where for held in self.gates.waiting(during)} if during else set()
+        called = [number for number in links if self.planner.tiers[number].name in named]
+        number = pick(self.dice, called or list(links))
         if number is None:
             return
         link, book = links[number], self.planner.tiers[number]
@@ -458,9 +494,8 @@ class World(Base):
 
     def return_(self) -> None:
         """A tier that had died comes back."""
-        away = [number for number, link in self.links.items() if link.state == "backoff"]
-        number = pick(self.dice, away)
-        if number is None or self.kind == "process":
+        number = pick(self.dice, self._away())
+        if number is None:
             return
         link = self.links[number]
         self.gates.dead.discard(self.planner.tiers[number].name)
@@ -469,6 +504,13 @@ class World(Base):
             self.store()
         self.scheduler.ask(link.opened_again)
         self.say("a tier returns")
+
+    def _away(self) -> list[int]:
+        return [n for n, link in self.links.items() if link.state == "backoff" and self.kind != "process"]
+
+    def _all_return(self) -> None:
+        while self._away():
+            self.return_()
 
     # ---------------------------------------------------------------- what changes nothing
 

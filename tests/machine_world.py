@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[int, tuple[KVGroup, ...]]] = {
 }
 """Ranks and KV groups."""
 
-FAULTS = {"error": 0.04, "corrupt": 0.04, "short": 0.03, "lost": 0.04, "delay": 0.02, "delay_s": 0.002}
+FAULTS = {"error": 0.04, "corrupt": 0.12, "short": 0.03, "lost": 0.04, "delay": 0.02, "delay_s": 0.002}
 
 
 def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
     return {
         "tiers": tiers,
         "pin_budget": dice.choice((0.3, 0.6, 0.9)),
-        "pin_limit_s": dice.choice((0.03, 600.0, 600.0)),
+        "pin_limit_s": dice.choice((0.03, 600.0)),
     }
 
 

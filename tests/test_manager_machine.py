@@ -27,15 +27,15 @@ from machine_steps import PROCESS_TRANSITIONS, TRANSITIONS, WEIGHTS, World
 from flexkv_core import books, copying, manager, scheduler
 
 SOAK = bool(os.environ.get("FLEXKV_SOAK"))
-STEPS = int(os.environ.get("FLEXKV_STEPS", "1000000" if SOAK else "20000"))
+STEPS = int(os.environ.get("FLEXKV_STEPS", "1000000" if SOAK else "24000"))
 SEED = int(os.environ.get("FLEXKV_SEED") or random.SystemRandom().randrange(1 << 32))
 KINDS = ("kept", "kept+keyed", "slots+kept", "staging", "directory")
 PROCESS_EVERY = 12
 """Worlds; those with tier processes take their time."""
-WORLD_STEPS = (20, 60, 120)
+WORLD_STEPS = (20, 60, 100)
 HYPOTHESIS_STEPS = 30
 HYPOTHESIS_SHARE = 0.1
-FULL_STEPS = 20_000
+FULL_STEPS = 24_000
 """So many steps take each transition at least 100 times."""
 
 
