@@ -251,9 +251,12 @@ class World(Base):
     def aim_fetch(self) -> None:
         """A fetch that is held in some phase, and then what may happen to it."""
         dice = self.dice
-        kind = dice.choice(("read", "read", "verify"))
+        kind = dice.choice(("read", "verify"))
+        if dice.random() < 0.5:
+            self.gates.open_all()
+            self._all_return()
         self.gates.shut.add(kind)
-        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (9, 5, 2, 3, 2))[0]
+        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (9, 5, 3, 3, 1))[0]
         deadline_s = 0.01 if act == "deadline" else 600.0
         fetched = self.fetch(aimed=True, deadline_s=deadline_s, keep=dice.random() < 0.8)
         if dice.random() < 0.9:
@@ -363,7 +366,7 @@ class World(Base):
         for kind in ("gather", "seal", "verify") if dice.random() < 0.6 else ():
             self.gates.open(kind)
         self.gates.shut.add("scatter")
-        if dice.random() < 0.2:
+        if dice.random() < 0.4:
             self.gates.failing["scatter", dice.randrange(len(fetched.model.devices))] += 1
             self.scatter_fails = True
             for load in self.loads:
