@@ -36,8 +36,8 @@ class Fetch:
         done: nothing more will come (complete, failed in part, past the deadline, cancelled).
         sources: after `done`, tier name -> leading blocks that came from it.
         released: its pins are gone, or go when its last load ends; `why` says what took them: "released",
-            "cancelled", "expired" (kept beyond the time limit), "reset" (of its namespace) or "refused" (it could not be
-            planned, and the log says why); "" before.
+            "cancelled", "expired" (kept beyond the time limit), "reset" (of its namespace) or "refused" (the log says
+            why it could not be planned); "" before.
     """
 
     __slots__ = ("_event", "_release", "done", "keep", "loads", "plan", "ready", "released", "sources", "timers", "why")

@@ -1,8 +1,8 @@
 """Backends, devices and a link that the manager's state machine holds, fails and kills when it likes.
 
-Everything waits at one `Gates`: calls of backends, copies of devices, sealing and verifying. A call that waits can be let
-go alone, with all of its kind, or broken. The media belong to the `Gates`, so they survive a manager. What the core owes a
-backend (batches, bytes, capacity) is checked here; what is broken is told in `Gates.broken`.
+Everything waits at one `Gates`: calls of backends, copies of devices, sealing and verifying. A call that waits can be
+let go alone, with all of its kind, or broken. The media belong to the `Gates`, so they survive a manager. What the core
+owes a backend (batches, bytes, capacity) is checked here; what is broken is told in `Gates.broken`.
 """
 
 from __future__ import annotations

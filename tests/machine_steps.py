@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -285,7 +284,7 @@ class World(Base):
             awaited = {(plan.keys[at].tobytes(), group) for group, at in np.argwhere(plan.awaited).tolist()}
         held = {(name, held.kind) for held in self.gates.waiting("read", "verify") for name in held.names}
         found = {kind for name, kind in held if name in awaited}
-        if awaited - {name for name, _ in held} and self.gated and len(held):
+        if awaited - {name for name, _ in held} and self.gated and held:
             found.add("queued")
         return found
 

@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -233,11 +234,9 @@ class Base:
         self.scheduler.ask(self.scheduler.loop.set_exception_handler, self._raised)
 
     def _raised(self, loop: Any, context: dict[str, Any]) -> None:
-        trace = logging.Formatter().formatException
         error = context.get("exception")
-        self.gates.complain(
-            f"on the owner thread: {context['message']} {trace((type(error), error, error.__traceback__)) if error else ''}"
-        )
+        trace = "".join(traceback.format_exception(error)) if error else ""
+        self.gates.complain(f"on the owner thread: {context['message']} {trace}")
 
     @property
     def links(self) -> dict[int, Any]:

@@ -7,12 +7,11 @@ repeats a run, as far as threads let it.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ FULL_STEPS = 24_000
 
 
 @pytest.fixture(autouse=True)
-def _machinery(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _machinery(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates in the manager, small extents, and nothing told of failures on purpose."""
     for name, (made, addressing) in BACKENDS.items():
         install_plugin(name, PLUGINS.format(name=name, made=made, addressing=addressing))
@@ -50,7 +49,6 @@ def _machinery(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(books, "SMALLEST_EXTENT_BYTES", 32 << 10)
     monkeypatch.setattr(books, "STAGING_BYTES", 256 << 10)
     monkeypatch.setattr(threading, "excepthook", lambda args: Current.gates.complain(f"a thread: {args.exc_value!r}"))
-    yield
 
 
 def tell(error: Exception, world: World, *more: str) -> None:

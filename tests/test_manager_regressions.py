@@ -75,9 +75,7 @@ def until(true: Any) -> None:
         time.sleep(0.001)
 
 
-def test_a_store_that_a_reset_overtakes_is_no_error_of_ours(
-    gates: Gates, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_that_a_reset_overtakes_is_no_error_of_ours(gates: Gates, caplog: pytest.LogCaptureFixture) -> None:
     """It was logged with a traceback, as a store that could not be planned."""
     small = Small(gates)
     owner, planner = small.manager._scheduler, small.manager._planner
