@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,6 +279,29 @@ def gated_seal(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any, **
     names = [(key.tobytes(), int(group)) for key, group in zip(keys, groups, strict=True)]
     Current.gates.enter("seal", "", names)
     _seal_blocks(host, offsets, lengths, keys, groups, **options)
+
+
+class Complaints(logging.Handler):
+    """Errors of the core that would otherwise only be logged."""
+
+    EXPECTED = ("a store failed", "a load failed", "%s of %d blocks failed", "a tier did not stop in time")
+
+    def __init__(self, gates: Gates) -> None:
+        super().__init__()
+        self.gates = gates
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR and not str(record.msg).startswith(self.EXPECTED):
+            trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+            self.gates.complain(f"{record.name}: {record.getMessage()} {trace}")
+        # Frames of the manager, which pytest's own handler would keep.
+        record.msg, record.args, record.exc_info = record.getMessage(), (), None
+
+
+def resources() -> tuple[int, int, int]:
+    """Threads, open files and children of this process."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), len(children)
 
 
 class KillableLink(InlineLink):

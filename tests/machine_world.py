@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from machine_gates import COPIES, PATIENCE_S, Current, GatedDevice, Gates, KillableLink, Name, content
+from machine_gates import COPIES, PATIENCE_S, Complaints, Current, GatedDevice, Gates, Name, content, resources
 
 from flexkv_core.blocks import block_keys
 from flexkv_core.handles import Fetch, Transfer
@@ -178,29 +178,6 @@ class Load:
     may_fail: bool = False
 
 
-class Complaints(logging.Handler):
-    """Errors of the core that would otherwise only be logged."""
-
-    EXPECTED = ("a store failed", "a load failed", "%s of %d blocks failed", "a tier did not stop in time")
-
-    def __init__(self, gates: Gates) -> None:
-        super().__init__()
-        self.gates = gates
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR and not str(record.msg).startswith(self.EXPECTED):
-            trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-            self.gates.complain(f"{record.name}: {record.getMessage()} {trace}")
-        # Frames of the manager, which pytest's own handler would keep.
-        record.msg, record.args, record.exc_info = record.getMessage(), (), None
-
-
-def resources() -> tuple[int, int, int]:
-    """Threads, open files and children of this process."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), len(children)
-
-
 class Base:
     """What a world is made of, and what must hold in it at any time; `machine_steps.World` adds what happens."""
 
@@ -245,6 +222,10 @@ class Base:
     @property
     def gated(self) -> bool:
         return self.kind not in ("directory", "process")
+
+    def say(self, transition: str) -> None:
+        self.taken[transition] += 1
+        self.log.append(f"  {transition}")
 
     # ---------------------------------------------------------------- coming to rest
 
@@ -459,6 +440,3 @@ class Base:
 def pick(dice: random.Random, among: Sequence[Any]) -> Any:
     """One of them, or None."""
     return dice.choice(among) if among else None
-
-
-__all__ = ["Base", "Fetched", "KillableLink", "Load", "Model", "Store", "pick", "stack_of"]
