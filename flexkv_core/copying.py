@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from flexkv_core.backend import PAGE
 from flexkv_core.device import Device
-from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError
+from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, UnknownNamespaceError
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Transfer
 from flexkv_core.index import Keys
@@ -40,6 +40,7 @@ SEAL_THREADS = 4
 """At most so many threads seal one store's blocks, and no more than this process may use."""
 MAX_PENDING_STORES = 1024
 """Stores whose copy has not ended; more are refused, so that a caller who never waits stays bounded."""
+WAS_RESET = "the namespace was reset"
 
 DeviceBlocks = npt.NDArray[np.int64] | Sequence[npt.NDArray[np.int64]]
 
@@ -216,6 +217,9 @@ class Copies:
         try:
             with self._lock:
                 plan = self._planner.begin_store(root, keys, table >= 0)
+        except UnknownNamespaceError:
+            self._end(transfer, 0, WAS_RESET)
+            return
         except Exception as error:
             logger.exception("a store could not be planned")
             self._end(transfer, 0, spelled(error))
@@ -276,7 +280,7 @@ class Copies:
         try:
             with self._lock:
                 if failure is None and not self._planner.is_live(plan.root, plan.epoch):
-                    failure = "the namespace was reset"
+                    failure = WAS_RESET
                 if failure is not None:
                     self._planner.abort_store(plan)
                 else:

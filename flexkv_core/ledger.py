@@ -348,6 +348,7 @@ class Ledger:
         """A tier that is not persistent has lost its medium: forget all that it held."""
         tier = self.tiers[number]
         tier.generation += 1
+        tier.debris_bytes = 0
         if tier.presence is not None:
             tier.presence.clear()
         elif tier.pool is not None and tier.column is not None:
@@ -383,10 +384,8 @@ class Ledger:
 
     def let_go(self, tier: TierBook, move: Move) -> None:
         """The read of a lower tier's copies has ended."""
-        if move.generation != tier.generation:
-            return
-        if tier.presence is not None:
+        if tier.presence is not None:  # its pins outlive a medium that is lost
             tier.presence.unpin(move.block_keys, move.groups)
-        elif tier.column is not None:
+        elif tier.column is not None and move.generation == tier.generation:
             column = tier.column
             each_run(move, lambda g, a, b: self.index.unpin(move.root, move.keys, column, g, a, b))

@@ -225,7 +225,7 @@ class Planner:
         ledger.host_pool.free(move.host_slots[~good])
         for fetch in self._fetches:
             self._feed(fetch, move)
-        if tier.presence is None or not corrupt.any():
+        if tier.presence is None or not corrupt.any() or move.generation != tier.generation:
             return None
         bad = move.part(corrupt)
         tier.debris_bytes += bad.nbytes

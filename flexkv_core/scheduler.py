@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from flexkv_core.backend import PAGE, Batch, Listing, Recovered, Status
 from flexkv_core.breaker import BreakerConfig
+from flexkv_core.errors import ManagerClosedError
 from flexkv_core.planner import Planner
 from flexkv_core.plans import Deletion, FetchPlan, Move, Outcome
 from flexkv_core.region import HostRegion
@@ -156,8 +157,11 @@ class Scheduler:
             links = [queue.link for queue in self._queues.values()]
             for queue in self._queues.values():
                 self._abandon(queue)
+            end = self.loop.time() + deadline_s
             await asyncio.gather(*(link.close(deadline_s) for link in links), return_exceptions=True)
-            return self._jobs == 0 and all(queue.in_flight == 0 for queue in self._queues.values())
+            while self._jobs and self.loop.time() < end:
+                await asyncio.sleep(0.002)
+            return not self._jobs and all(queue.in_flight == 0 for queue in self._queues.values())
 
         try:
             clean = asyncio.run_coroutine_threadsafe(stop(), self.loop).result(deadline_s + 1.0)
@@ -330,7 +334,10 @@ class Scheduler:
                 result, error = None, caught
             self.call(finish, result, error)
 
-        self._copiers.submit(run)
+        try:
+            self._copiers.submit(run)
+        except RuntimeError:  # raised after `close`, which waits no longer
+            self.loop.call_soon(finish, None, ManagerClosedError("the manager was closed"))
 
     def _pump(self, queue: TierQueue) -> None:
         """Start as many calls as the tier takes: reads first, then prefetches, then writes."""
@@ -381,7 +388,8 @@ class Scheduler:
         def settle(outcome: npt.NDArray[np.uint8] | None, error: BaseException | None) -> None:
             queue.settling -= 1
             if outcome is None:
-                logger.error("verifying blocks failed", exc_info=error)
+                if not isinstance(error, ManagerClosedError):
+                    logger.error("verifying blocks failed", exc_info=error)
                 outcome = np.full(len(move), Outcome.FAILED, np.uint8)
             queue.health.end(call, outcome)
             self._settle(queue, move, outcome)

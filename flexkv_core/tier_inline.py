@@ -46,13 +46,14 @@ class InlineLink:
         self._host = host
         self._on_state = on_state
         self._worker: TierWorker | None = None
+        self._changing = threading.Lock()  # whoever comes second, the end of opening or `close`, closes the backend
 
     def start(self) -> None:
         """Open the backend on a thread of its own."""
 
         def open_backend() -> TierWorker:
             settings = self.settings
-            return TierWorker(
+            worker = TierWorker(
                 settings.backend,
                 settings.config,
                 settings.faults,
@@ -62,6 +63,12 @@ class InlineLink:
                 state_directory=settings.state_directory,
                 logger=logger.getChild(settings.name),
             )
+            with self._changing:
+                closed = self.state == "closed"
+                self._worker = None if closed else worker
+            if closed:
+                worker.close()
+            return worker
 
         self._run(open_backend, self._opened, self.settings.open_deadline_s, "its backend took too long to open")
 
@@ -69,7 +76,7 @@ class InlineLink:
         if worker is None:
             self._away(f"its backend could not be opened: {error}")
             return
-        self._worker, self.capabilities, self.powers = worker, worker.capabilities, frozenset(worker.powers)
+        self.capabilities, self.powers = worker.capabilities, frozenset(worker.powers)
         if self.state == "starting":
             self.state = "ready"
             self._on_state(self)
@@ -130,8 +137,9 @@ class InlineLink:
 
     async def close(self, deadline_s: float) -> None:
         """Close the backend; returns at the deadline if it does not return before."""
-        self.state = "closed"
-        worker, self._worker = self._worker, None
+        with self._changing:
+            self.state = "closed"
+            worker, self._worker = self._worker, None
         self._host = memoryview(b"")  # the region is unmapped when nobody shows it any more
         if worker is None:
             return
