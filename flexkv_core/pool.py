@@ -185,21 +185,34 @@ class SlotPool:
         one class it is `capacity`.
         """
         kinds = [(self._class(number), times) for number, times in Counter(slot_classes).items()]
+        kinds.sort(
+            key=lambda kind: -kind[0].run_extents
+        )  # a shorter run begins wherever a longer one has ended, almost
 
         def fits(count: int) -> bool:
-            extents = [-(-count * times // kind.run_slots) * kind.run_extents for kind, times in kinds]
-            for (kind, times), own in zip(kinds, extents, strict=True):  # the last one, which may end in a shorter run
-                pages = self._pages - (sum(extents) - own) * self._extent_pages
-                runs, rest = divmod(pages, kind.run_extents * self._extent_pages)
-                if runs * kind.run_slots + rest // kind.pages >= count * times:
-                    return True
-            return False
+            extent = 0  # the first that is not taken
+            for kind, times in kinds:
+                wanted, length = count * times, kind.run_extents
+                start = -(-extent // length) * length
+                pages = self._pages - start * self._extent_pages
+                if pages < 0:
+                    return wanted == 0
+                runs, rest = divmod(pages, length * self._extent_pages)
+                if wanted > runs * kind.run_slots + rest // kind.pages:
+                    return False
+                taken = -(-wanted // kind.run_slots)  # the last one may be the shorter run at the end
+                extent = start + taken * length
+            return True
 
         low, high = 0, self._pages  # fits(0); no class has more slots than there are pages
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
+
+    def run_extents(self, slot_class: int) -> int:
+        """How many extents a full run of the class has."""
+        return self._class(slot_class).run_extents
 
     def extents(self, slot_class: int) -> int:
         """How many extents the class has now."""

@@ -42,9 +42,10 @@ class Recovery:
         assert tier.pool is not None
         taken = np.zeros(len(found), np.bool_)
         good = (found.lengths >= 2 * PAGE) & (found.lengths % PAGE == 0) & (found.lengths <= tier.pool.capacity_bytes)
-        for size in np.unique(found.lengths[good]).tolist():  # short ones first, as their runs are
-            at = np.flatnonzero(found.lengths == size)
-            taken[at] = tier.pool.adopt(found.slots[at], tier.pool.slot_class(size))
+        sizes = {tier.pool.slot_class(size): size for size in np.unique(found.lengths[good]).tolist()}
+        for slot_class in sorted(sizes, key=tier.pool.run_extents):  # short runs first
+            at = np.flatnonzero(found.lengths == sizes[slot_class])
+            taken[at] = tier.pool.adopt(found.slots[at], slot_class)
         return taken
 
     def claim(self, root: bytes) -> None:

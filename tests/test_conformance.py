@@ -64,7 +64,7 @@ class TestIt(BackendConformance):
     backend = "{name}"
     many = 300
     largest = 2 << 20
-    kill_rounds = 4
+    kill_rounds = 12
     deadline_s = {deadline}
     close_deadline_s = {close}
 

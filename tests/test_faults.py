@@ -227,5 +227,5 @@ def test_faults_and_breakers_that_are_refused(tier: dict[str, Any], key: str, sa
 def test_the_host_tier_has_neither_faults_nor_breaker(key: str, tmp_path: Path) -> None:
     config = stack(tmp_path)
     config["tiers"][0][key] = {}
-    with pytest.raises(StackConfigError, match="the host tier runs no backend"):
+    with pytest.raises(StackConfigError, match="no backend runs for the host tier"):
         load_stack(config)

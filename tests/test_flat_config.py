@@ -553,4 +553,5 @@ def test_nothing_else_reads_the_environment() -> None:
             name = node.attr if isinstance(node, ast.Attribute) else node.name if isinstance(node, ast.alias) else ""
             if name in ("environ", "environb", "getenv"):
                 readers.add(str(path.relative_to(root)))
-    assert readers == {"flexkv_core/config/load.py"}
+    seeds = "flexkv_core/testing/conformance/suite.py"  # FLEXKV_SEED and FLEXKV_SOAK: of tests
+    assert readers == {"flexkv_core/config/load.py", seeds}

@@ -222,6 +222,15 @@ def test_match_may_know_more_places_than_the_prefix_it_supplies(index: Index) ->
     assert found.slots.tolist() == [[1, 2, NONE, 4]]
 
 
+def test_match_ends_at_a_hole_wherever_paths_branch(index: Index) -> None:
+    put(index, "abcdef", 1, 2, 3, NONE, 5, 6)
+    assert [blocks(index, path) for path in ("abc", "abcd", "abcde", "abcdef")] == [3, 3, 3, 3]
+    put(index, "abxy", 7, 8)
+    assert [blocks(index, path) for path in ("ab", "abc", "abcd", "abcdef", "abxy")] == [2, 3, 3, 3, 4]
+    index.remove_subtree(ROOT, keys("abx"))
+    assert [blocks(index, path) for path in ("abc", "abcd", "abcdef")] == [3, 3, 3]
+
+
 def test_match_of_no_keys_and_of_strange_keys(index: Index) -> None:
     put(index, "ab", 1, 2)
     for path in ("", "x", "ba"):

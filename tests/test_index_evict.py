@@ -109,6 +109,14 @@ def test_remove_leaves_holes_and_strands_what_is_behind(index: Index) -> None:
     assert all_evicted(index)[0] == 9
 
 
+def test_a_hole_right_before_another(index: Index) -> None:
+    put(index, "abcde", 1, 2, NONE, 4, 5)
+    index.remove(ROOT, keys("ab"), 0, 0, 1, 2)
+    assert blocks(index, "abcde") == 1
+    put(index, "abc", 2, 3)
+    assert blocks(index, "abcde") == 5
+
+
 def test_a_copy_in_another_tier_closes_a_hole(index: Index) -> None:
     put(index, "abc", 1, 2, 3)
     put(index, "x", 9)
@@ -242,6 +250,26 @@ def test_evict_that_fails_keeps_the_order(index: Index) -> None:
     assert evicted(index, 4) is None
     index.unpin(ROOT, keys("b"), 0, 0, 0, 1)
     assert evicted(index, 4) == [0, 1, 2, 3]
+
+
+def test_evict_that_fails_keeps_recency_within_a_path_and_what_holds_back(index: Index) -> None:
+    put(index, "ab", 1, 2)
+    put(index, "abcx", 3, 4)
+    put(index, "abcy", 5)
+    put(index, "q", 9)
+    index.touch(ROOT, keys("abc"))  # x and y are older than q
+    index.pin(ROOT, keys("q"), 0, 0, 0, 1)
+    assert evicted(index, 6) is None
+    index.unpin(ROOT, keys("q"), 0, 0, 0, 1)
+    assert evicted(index, 1) == [4]
+    put(index, "pr", 6, 7)
+    index.touch(ROOT, keys("p"))  # r is older than p
+    index.pin(ROOT, keys("q"), 0, 0, 0, 1)
+    assert evicted(index, 7) is None
+    index.unpin(ROOT, keys("q"), 0, 0, 0, 1)
+    put(index, "z", 8)
+    index.touch(ROOT, keys("abc"))
+    assert evicted(index, 7) == [5, 9, 7, 6, 8, 3, 2]
 
 
 def test_evict_that_fails_closes_the_holes_that_it_made(index: Index) -> None:

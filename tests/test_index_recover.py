@@ -97,6 +97,24 @@ def test_two_orphans_of_one_parent(index: Index) -> None:
     assert all_evicted(index)[-1] == 2
 
 
+def test_orphans_join_though_they_branched(index: Index) -> None:
+    recover(index, ("abcd", 4), ("abcde", 5), ("abcdef", 6))
+    recover(index, ("abcdx", 7))
+    assert figures(index, "orphans") == [1]
+    put(index, "abc", 1, 2, 3)
+    assert figures(index, "orphans") == [0]
+    assert held(index, "abcdef") == [1, 2, 3, 4, 5, 6]
+
+
+def test_orphans_join_though_a_branch_left(index: Index) -> None:
+    recover(index, ("abcd", 4), ("abcde", 5), ("abcdx", 6))
+    index.end_recovery()
+    assert evicted(index, 1) in ([5], [6])
+    put(index, "abc", 1, 2, 3)
+    assert figures(index, "orphans") == [0]
+    assert held(index, "abcd") == [1, 2, 3, 4]
+
+
 def test_joined_orphans_hold_their_ancestors_back(index: Index) -> None:
     recover(index, ("abc", 3))
     put(index, "ab", 1, 2)

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -75,6 +76,37 @@ def reports(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
 )
 def test_orders(make: Make, policy: str | Eviction, hits: str, order: list[int]) -> None:
     assert three(make(policy), hits) == order
+
+
+class Scattered:
+    """A third party's policy whose orders come in no order: each goes to another place of a heap."""
+
+    def insert(self, now: int) -> int:
+        return now * 2_654_435_761 % (1 << 32)
+
+    def hit(self, state: int, now: int) -> int:
+        return state * 31 % (1 << 32)
+
+    def order(self, state: int) -> int:
+        return state
+
+
+def test_the_order_of_many(make: Make) -> None:
+    if "scattered" not in policy_names():
+        register_policy("scattered", Scattered)
+    index, dice, policy = make("scattered"), Random(1), Scattered()
+    states: dict[str, int] = {}
+    for tick in range(1, 3001):
+        path = chr(200 + len(states))
+        if not states or dice.random() < 0.4:
+            put(index, path, len(states))
+            states[path] = policy.insert(tick)
+        else:
+            path = dice.choice(list(states))
+            index.touch(ROOT, keys(path))
+            states[path] = policy.hit(states[path], tick)
+    names = list(states)
+    assert all_evicted(index) == sorted(range(len(names)), key=lambda number: states[names[number]])
 
 
 def test_a_request_is_one_moment(make: Make) -> None:

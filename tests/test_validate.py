@@ -45,7 +45,7 @@ def test_a_flat_file(tmp_path: Path, install_plugin: Install, monkeypatch: pytes
         "#   ssd_cache_dir: /a;/b  (file, ssd_cache_dir)",
         "#   enable_metrics: needs the metrics endpoint, which is not in this version",
         "#   32 layers of full attention: 2,097,152 bytes a block, 2,101,248 with padding and seal",
-        "#   cpu: 15,360 blocks, 245,760 tokens",  # 32 GiB are 1,024 extents of 15 slots
+        "#   cpu: 16,128 blocks, 258,048 tokens",  # 32 GiB are 256 runs of 63 slots
     ):
         assert line in result.stdout.splitlines()
     assert "warning: unknown variable FLEXKV_ENABLE_TRASE: did you mean FLEXKV_ENABLE_TRACE?" in result.stderr
@@ -55,7 +55,7 @@ def test_a_flat_file(tmp_path: Path, install_plugin: Install, monkeypatch: pytes
     assert [each["key"] for each in report["without_effect"]] == ["enable_metrics"]
     assert report["flat"] is True
     assert [tier["name"] for tier in report["model"]["tiers"]] == ["cpu", "ssd"]
-    assert report["model"]["tiers"][0]["tokens"] == 245_760
+    assert report["model"]["tiers"][0]["tokens"] == 258_048
 
 
 def test_no_file_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ QUEUES = [
     Mutant(
         "heap-parent", CANDIDATES,
         "const uint32_t parent = (place - 1) / kWays;",
-        "const uint32_t parent = place / kWays;",
-        "heap: every sixteenth entry rises to the wrong place",
+        "const uint32_t parent = (place - 1) / kWays / 2;",
+        "heap: entries rise past their parents",
     ),
     Mutant(
         "heap-sink", CANDIDATES,
