@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import numpy.typing as npt
 from machine_gates import PATIENCE_S
 from machine_stores import Stores
-from machine_world import SLACK_S, Fetched, Load, Store, pick
+from machine_world import SLACK_S, Fetched, Load, Model, Store, pick
 
 from flexkv_core.errors import StateError
 
@@ -23,10 +24,13 @@ class Fetching(Stores):
             if found.blocks > found.host_blocks:  # something that only lower tiers have
                 model, keys = known, known.path(steps)
                 break
-        if len(self.fetches) > 7:
-            self._release(self.fetches[0])
         if deadline_s is None:
             deadline_s = dice.choice((0.0, 0.01, 600.0, 600.0, 600.0))
+        return self._begin(model, keys, deadline_s, keep=keep)
+
+    def _begin(self, model: Model, keys: npt.NDArray[np.uint8], deadline_s: float, *, keep: bool) -> Fetched:
+        if len(self.fetches) > 7:
+            self._release(self.fetches[0])
         begin = self.manager.fetch if keep else self.manager.prefetch
         fetched = Fetched(
             begin(model.namespace, keys, deadline_s),
@@ -54,6 +58,8 @@ class Fetching(Stores):
         act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (9, 5, 3, 3, 1))[0]
         deadline_s = 0.01 if act == "deadline" else 600.0
         fetched = self.fetch(aimed=True, deadline_s=deadline_s, keep=dice.random() < 0.8)
+        if dice.random() < 0.3:  # another one waits for the same
+            self._begin(fetched.model, fetched.keys, 600.0, keep=True)
         if dice.random() < 0.9:
             self.settle(0.02)
         else:
@@ -161,13 +167,18 @@ class Fetching(Stores):
         for kind in ("gather", "seal", "verify") if dice.random() < 0.6 else ():
             self.gates.open(kind)
         self.gates.shut.add("scatter")
-        if dice.random() < 0.4:
+        fails = dice.random() < 0.3
+        if fails:
             self.gates.failing["scatter", dice.randrange(len(fetched.model.devices))] += 1
             self.scatter_fails = True
             for load in self.loads:
                 load.may_fail = True
         made = self.load(fetched)
         if made is None:
+            return
+        if fails and dice.random() < 0.8:
+            self.gates.open_copies()
+            assert made.transfer.wait(PATIENCE_S), "a load does not end"
             return
         if dice.random() < 0.8:
             self.settle()

@@ -97,6 +97,10 @@ class Gates:
         self.shut.discard(kind)
         self.let_go(self.waiting(kind))
 
+    def open_copies(self) -> None:
+        for kind in COPIES:
+            self.open(kind)
+
     def open_all(self) -> None:
         self.shut.clear()
         self.failing.clear()

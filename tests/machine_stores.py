@@ -38,11 +38,14 @@ class Stores(Base):
         for group, spec in enumerate(model.groups):
             share = dice.choice((1.0, 1.0, 1.0, 0.7))
             table = np.array([page if dice.random() < share else -1 for page in pages], np.int64)
+            above = None
             for key, page in zip(keys, table.tolist(), strict=True):
                 if page >= 0:
                     names.add((key.tobytes(), group))
+                    self.parents[key.tobytes()] = above
                     self.gates.sizes[key.tobytes(), group] = spec.block_bytes
                     model.fill(page, group, key.tobytes())
+                above = key.tobytes()
             tables.append(table)
         transfer = self.manager.store(model.namespace, keys, tables if len(tables) > 1 else tables[0])
         store = Store(transfer, model, model.namespace.root, names, pages)
@@ -183,6 +186,7 @@ class Stores(Base):
         if self.gates.waiting("write", where=book.name):
             self.say("kill during a write")
         self.gates.dead.add(book.name)
+        self.mortal.add(book.name)
         self.scheduler.ask(link.die)
         self.gates.let_go(self.gates.waiting(where=book.name), broken=True)
         self.until(lambda: link.calls == 0, "the end of the calls of a dead tier")

@@ -186,6 +186,8 @@ class Base:
         self.log: list[str] = []
         self.gates = Current.gates = Gates()
         self.stored: set[Name] = set()
+        self.parents: dict[bytes, bytes | None] = {}  # of keys
+        self.mortal: set[str] = set()  # tiers that have been killed
         self.before = resources()
         self.complaints = Complaints(self.gates)
         for name in ("flexkv", "asyncio"):
@@ -404,11 +406,23 @@ class Base:
                 assert used == index.count(book.column), f"{book.name}: slots leaked"
             if book.presence is not None:
                 assert not book.presence._pins
+                self._check_ancestors(book)
             assert not book.queued
             assert book.reserved_bytes == 0
         for queue in self.scheduler.queues().values():
             assert queue.idle
             assert queue.queued_bytes == queue.in_flight_bytes == 0
+
+    def _check_ancestors(self, book: Any) -> None:
+        """A dropped write has dropped its descendants' writes: a tier that lost nothing else holds whole prefixes."""
+        counters = book.counters
+        if counters.evicted_blocks or counters.failed_blocks or counters.missing_blocks or counters.corrupt_blocks:
+            return
+        if book.name in self.mortal or not self.gates.sizes:
+            return
+        keys = np.frombuffer(b"".join(self.parents), np.uint8).reshape(-1, 32)
+        held = {key for key, is_there in zip(self.parents, book.presence.held(keys, 0), strict=True) if is_there}
+        assert all(self.parents[key] in held for key in held if self.parents[key]), f"{book.name}: a prefix with a hole"
 
     def close(self, deadline_s: float = 5.0) -> None:
         began = time.monotonic()

@@ -34,6 +34,8 @@ PROCESS_EVERY = 12
 WORLD_STEPS = (20, 60, 100)
 HYPOTHESIS_STEPS = 30
 HYPOTHESIS_SHARE = 0.1
+NUMBERS = st.integers(0, 1 << 32)
+"""Seeds of an operation's choices: how many it makes depends on what threads have done so far."""
 FULL_STEPS = 24_000
 """So many steps take each transition at least 100 times."""
 
@@ -101,10 +103,10 @@ def machine(kind: str, root: Path, taken: Counter[str]) -> type[Any]:
     class Machine(RuleBasedStateMachine):
         failed = False
 
-        @initialize(dice=st.randoms(use_true_random=False))
-        def begin(self, dice: random.Random) -> None:
+        @initialize(number=NUMBERS)
+        def begin(self, number: int) -> None:
             taken["worlds"] += 1
-            self.world = World(kind, dice, root / f"{taken['worlds']}", taken)
+            self.world = World(kind, random.Random(number), root / f"{taken['worlds']}", taken)
 
         def teardown(self) -> None:
             if hasattr(self, "world") and not self.failed:
@@ -122,12 +124,12 @@ def machine(kind: str, root: Path, taken: Counter[str]) -> type[Any]:
             self.failed = False
 
     def add(operation: str) -> None:
-        def step(self: Machine, dice: random.Random) -> None:
-            self.world.dice = dice
+        def step(self: Machine, number: int) -> None:
+            self.world.dice = random.Random(number)
             self.told(self.world.step, operation)
 
         step.__name__ = operation
-        setattr(Machine, operation, rule(dice=st.randoms(use_true_random=False))(step))
+        setattr(Machine, operation, rule(number=NUMBERS)(step))
 
     for operation in WEIGHTS:
         add(operation)
