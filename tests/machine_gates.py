@@ -273,10 +273,10 @@ class GatedDevice(CpuDevice):
 _verify_blocks, _seal_blocks = scheduler.verify_blocks, copying.seal_blocks
 
 
-def gated_verify(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any) -> Any:
+def gated_verify(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any, **options: Any) -> Any:
     names = [(key.tobytes(), int(group)) for key, group in zip(keys, groups, strict=True)]
     Current.gates.enter("verify", "", names)
-    return _verify_blocks(host, offsets, lengths, keys, groups)
+    return _verify_blocks(host, offsets, lengths, keys, groups, **options)
 
 
 def gated_seal(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any, **options: Any) -> None:

@@ -405,7 +405,7 @@ class Base:
                 used = sum(book.pool.allocated(number) for number in book.pool.classes)
                 assert used == index.count(book.column), f"{book.name}: slots leaked"
             if book.presence is not None:
-                assert not book.presence._pins
+                assert not book.presence.pinned
                 self._check_ancestors(book)
             assert not book.queued
             assert book.reserved_bytes == 0

@@ -106,7 +106,7 @@ def test_a_read_that_is_verified_when_its_tier_has_died_leaves_no_pin(gates: Gat
     assert fetch.wait(PATIENCE_S)
     assert fetch.ready == 2
     fetch.release()
-    assert not small.manager._planner.tiers[1].presence._pins
+    assert not small.manager._planner.tiers[1].presence.pinned
     small.manager.close()
 
 
