@@ -206,6 +206,7 @@ class World(Fetching):
         """What persistent tiers have kept is served right."""
         self.begin()
         self.say("opened again")
+        self.mortal |= {tier.name for tier in self.planner.tiers}  # what they had lost before is not known
         self.old = []
         self.until(lambda: all(link.state in ("ready", "backoff") for link in self.links.values()), "a tier")
         self.sync()

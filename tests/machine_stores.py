@@ -171,6 +171,7 @@ class Stores(Base):
             return
         link, book = links[number], self.planner.tiers[number]
         waiting = any(not f.fetch.done for f in self.fetches)
+        self.mortal.add(book.name)
         if self.kind == "process":
             queue = self.scheduler.queues()[number]
             reading = waiting and queue.in_flight
@@ -186,7 +187,6 @@ class Stores(Base):
         if self.gates.waiting("write", where=book.name):
             self.say("kill during a write")
         self.gates.dead.add(book.name)
-        self.mortal.add(book.name)
         self.scheduler.ask(link.die)
         self.gates.let_go(self.gates.waiting(where=book.name), broken=True)
         self.until(lambda: link.calls == 0, "the end of the calls of a dead tier")

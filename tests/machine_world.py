@@ -187,7 +187,7 @@ class Base:
         self.gates = Current.gates = Gates()
         self.stored: set[Name] = set()
         self.parents: dict[bytes, bytes | None] = {}  # of keys
-        self.mortal: set[str] = set()  # tiers that have been killed
+        self.mortal: set[str] = set()  # tiers that have been killed, or were there before
         self.before = resources()
         self.complaints = Complaints(self.gates)
         for name in ("flexkv", "asyncio"):
@@ -418,7 +418,8 @@ class Base:
         counters = book.counters
         if counters.evicted_blocks or counters.failed_blocks or counters.missing_blocks or counters.corrupt_blocks:
             return
-        if book.name in self.mortal or not self.gates.sizes:
+        alone = len(self.planner.tiers) == 2  # else another one may have the ancestors
+        if book.name in self.mortal or not self.parents or not alone or self.kind == "process":
             return
         keys = np.frombuffer(b"".join(self.parents), np.uint8).reshape(-1, 32)
         held = {key for key, is_there in zip(self.parents, book.presence.held(keys, 0), strict=True) if is_there}
