@@ -51,6 +51,7 @@ class TierQueue:
         in_flight: calls that the tier has not answered; in_flight_bytes: what they move.
         most_in_flight: bytes that calls under way may move; only a single block may exceed it.
         settling: reads that came back and are being verified.
+        listings: under way, of a tier whose capacity we keep: writes wait until it is known what it holds.
     """
 
     number: int
@@ -64,6 +65,7 @@ class TierQueue:
     in_flight: int = 0
     in_flight_bytes: int = 0
     settling: int = 0
+    listings: int = 0
 
     @property
     def idle(self) -> bool:
@@ -199,8 +201,16 @@ class Scheduler:
         self._wake_idle()
 
     def _list(self, queue: TierQueue) -> None:
-        if "list" not in queue.link.powers or self._planner.tiers[queue.number].presence is None:
+        presence = self._planner.tiers[queue.number].presence
+        if "list" not in queue.link.powers or presence is None:
             return
+        holds_up = presence.capacity_bytes is not None
+        queue.listings += holds_up
+
+        def ended(complete: bool) -> None:
+            queue.listings -= holds_up
+            self._pump(queue)
+            self._wake_idle()
 
         def piece(listing: Listing) -> None:
             with self._lock:
@@ -210,7 +220,7 @@ class Scheduler:
 
         with self._lock:
             self._planner.down.begin_listing(queue.number)
-        queue.link.list(piece, lambda complete: None)
+        queue.link.list(piece, ended)
 
     def _abandon(self, queue: TierQueue) -> None:
         """Give up all that is queued and not started."""
@@ -315,7 +325,7 @@ class Scheduler:
         size = capabilities.max_batch_blocks if capabilities else DEFAULT_BATCH_BLOCKS
         while queue.in_flight < concurrency:
             line = queue.reads or queue.prefetches
-            if not line and queue.link.state == "ready":
+            if not line and queue.link.state == "ready" and not queue.listings:
                 line = queue.writes
             room = queue.most_in_flight - queue.in_flight_bytes
             if not line or (queue.in_flight and line[0].slot_bytes[0] > room):

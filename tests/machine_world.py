@@ -434,15 +434,18 @@ class Base:
         for fetched in self.fetches:
             assert fetched.fetch.wait(0), "a fetch that nobody will end"
 
+    def deaf(self) -> None:
+        for name in ("flexkv", "asyncio"):
+            logging.getLogger(name).removeHandler(self.complaints)
+
     def gone(self) -> None:
         """Nothing of the manager is left in this process."""
         self.gates.open_all()
-        for name in ("flexkv", "asyncio"):
-            logging.getLogger(name).removeHandler(self.complaints)
+        self.deaf()
         del self.manager, self.scheduler, self.planner
         self.fetches, self.loads, self.stores = [], [], []
         deadline = time.monotonic() + SLACK_S
-        while (now := resources()) != self.before:
+        while any(after > before for after, before in zip(now := resources(), self.before, strict=True)):
             gc.collect()
             if time.monotonic() > deadline:
                 files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]

@@ -60,6 +60,7 @@ def tell(error: Exception, world: World, *more: str) -> None:
 def abandon(world: World) -> None:
     """After a failure: let nothing of it hang around."""
     world.gates.open_all()
+    world.deaf()
     if hasattr(world, "manager"):
         world.manager.close(1.0)
 
