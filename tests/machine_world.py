@@ -445,7 +445,7 @@ class Base:
         del self.manager, self.scheduler, self.planner
         self.fetches, self.loads, self.stores = [], [], []
         deadline = time.monotonic() + SLACK_S
-        while any(after > before for after, before in zip(now := resources(), self.before, strict=True)):
+        while np.any(np.greater(now := resources(), self.before)):
             gc.collect()
             if time.monotonic() > deadline:
                 files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
