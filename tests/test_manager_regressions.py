@@ -195,7 +195,7 @@ def test_nothing_is_written_before_a_bounded_tier_has_said_what_it_holds(
     gates: Gates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the record did not know yet took no room, so a tier that came back held more than its capacity."""
-    small = Small(gates, capacity=32 * SLOT)
+    small = Small(gates, capacity=32 * SLOT, write_queue=24 * SLOT)
     keys = small.keys(0, 24)
     assert small.store(keys).wait(PATIENCE_S)
     assert small.manager.drain(PATIENCE_S)
@@ -208,7 +208,7 @@ def test_nothing_is_written_before_a_bounded_tier_has_said_what_it_holds(
         yield from whole(kept)
 
     monkeypatch.setattr(Kept, "list", slow)
-    small = Small(gates, capacity=32 * SLOT)
+    small = Small(gates, capacity=32 * SLOT, write_queue=24 * SLOT)
     until(lambda: small.manager.stats()["tiers"]["low"]["state"] == "ready")
     assert small.store(small.keys(1, 20)).wait(PATIENCE_S)
     assert not small.manager.drain(0.2)
