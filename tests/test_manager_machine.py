@@ -2,7 +2,7 @@
 
 Rules 1 to 8 of the design; see `machine_world.py` for the model and `machine_steps.py` for what happens. Prints how
 often each transition was taken. FLEXKV_STEPS: how many operations in all (1,000,000 with FLEXKV_SOAK=1). FLEXKV_SEED
-repeats a run, as far as threads let it.
+repeats a run, as far as threads let it; FLEXKV_WORLD begins with the world of that number.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from flexkv_core import books, copying, manager, scheduler
 SOAK = bool(os.environ.get("FLEXKV_SOAK"))
 STEPS = int(os.environ.get("FLEXKV_STEPS", "1000000" if SOAK else "24000"))
 SEED = int(os.environ.get("FLEXKV_SEED") or random.SystemRandom().randrange(1 << 32))
+FIRST = int(os.environ.get("FLEXKV_WORLD") or 0)
 KINDS = ("kept", "kept+keyed", "slots+kept", "staging", "directory")
 PROCESS_EVERY = 12
 """Worlds; those with tier processes take their time."""
@@ -72,7 +73,7 @@ def report(taken: Counter[str]) -> None:
 @pytest.mark.soak
 def test_random_steps(tmp_path: Path) -> None:
     """Worlds of some steps each."""
-    steps, done, number = round(STEPS * (1 - HYPOTHESIS_SHARE)), 0, 0
+    steps, done, number = round(STEPS * (1 - HYPOTHESIS_SHARE)), 0, FIRST
     taken: Counter[str] = Counter()
     print(f"FLEXKV_SEED={SEED}")
     while done < steps:

@@ -219,3 +219,20 @@ def test_nothing_is_written_before_a_bounded_tier_has_said_what_it_holds(
     assert not gates.broken
     assert small.manager.lookup(small.namespace, small.keys(1, 20)).blocks == 20
     small.manager.close()
+
+
+def test_room_that_is_being_made_is_nobodys_yet(gates: Gates) -> None:
+    """Blocks that are being deleted took no room any more: another write came before they were gone."""
+    small = Small(gates, capacity=8 * SLOT, evict_ratio=0.5, concurrency=2, max_batch_blocks=1, write_queue=24 * SLOT)
+    assert small.store(small.keys(0, 8)).wait(PATIENCE_S)
+    assert small.manager.drain(PATIENCE_S)
+    assert len(gates.media["low"]) == 8
+    gates.shut.add("delete")
+    assert small.store(small.keys(1, 2)).wait(PATIENCE_S)
+    until(lambda: gates.waiting("delete"))
+    assert not small.manager.drain(0.1)
+    gates.open("delete")
+    assert small.manager.drain(PATIENCE_S)
+    assert not gates.broken
+    assert small.manager._planner.tiers[1].debris_bytes == 0
+    small.manager.close()
