@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -154,6 +155,7 @@ class Stores(Base):
             self.say(f"reset during a {what}")
         for store in stores:
             store.reset = True
+            store.overtaken = self._phase(store) == "gather"
         self.old.append(model.namespace)
         model.namespace = self.manager.reset(model.namespace)
         self.sync()
@@ -174,6 +176,10 @@ class Stores(Base):
         self.mortal.add(book.name)
         if self.kind == "process":
             queue = self.scheduler.queues()[number]
+            for _ in range(20 if during else 0):
+                if queue.in_flight:
+                    break
+                time.sleep(0.001)
             reading = waiting and queue.in_flight
             writing = queue.in_flight and queue.queued_bytes
             if link.pid is not None:

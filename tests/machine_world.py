@@ -65,7 +65,7 @@ def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
     kept = tier("gate-kept", "kept", capacity=dice.choice((60, 120)) * SLOT)
     keyed = tier("gate-keyed", "keyed", persistent=False)
     slots = tier("gate-slotted", "slots", capacity=64 * SLOT, persistent=dice.random() < 0.5)
-    crash = {"crash": 0.01, "hang": 0.01, "delay": 0.3, "delay_s": 0.05, "corrupt": 0.05, "seed": dice.randrange(99)}
+    crash = {"crash": 0.01, "hang": 0.01, "delay": 0.6, "delay_s": 0.05, "corrupt": 0.05, "seed": dice.randrange(99)}
     directory = {"capacity": 100 * SLOT, "root": str(root / "kv")}
     process = {"isolation": "process", "deadline_s": 1.0, "faults": crash}
     tiers = {
@@ -154,6 +154,7 @@ class Store:
     names: set[Name]
     pages: list[int]
     reset: bool = False
+    overtaken: bool = False  # by a reset, before its copy had ended
 
 
 @dataclass(eq=False)
@@ -416,8 +417,10 @@ class Base:
     def _check_ancestors(self, book: Any) -> None:
         """A dropped write has dropped its descendants' writes: a tier that lost nothing else holds whole prefixes."""
         counters = book.counters
-        if counters.evicted_blocks or counters.failed_blocks or counters.missing_blocks or counters.corrupt_blocks:
+        if counters.evicted_blocks or counters.missing_blocks or counters.corrupt_blocks:
             return
+        if counters.failed_blocks and self.links[book.number].capabilities.concurrency > 1:
+            return  # what continues a block may have been on its way beside it
         alone = len(self.planner.tiers) == 2  # else another one may have the ancestors
         if book.name in self.mortal or not self.parents or not alone or self.kind == "process":
             return
