@@ -87,12 +87,18 @@ class Move:
 
 @dataclass(slots=True)
 class Deletion:
-    """Blocks that a key-addressed tier must forget so that it stays within its capacity."""
+    """Blocks that a key-addressed tier must forget so that it stays within its capacity.
+
+    Attributes:
+        excess: bytes that they take beyond what is reserved for the write that waits for them: no other write may have
+            that room before they are gone.
+    """
 
     tier: int
     keys: Keys
     groups: npt.NDArray[np.uint8]
     lengths: npt.NDArray[np.int64]
+    excess: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -55,6 +55,7 @@ class TierQueue:
         most_in_flight: bytes that calls under way may move; only a single block may exceed it.
         recovering: the tier is saying what survived a restart; nothing else is asked of it. recovered: it has.
         settling: reads that came back and are being verified.
+        listings: under way, of a tier whose capacity we keep: writes wait until it is known what it holds.
     """
 
     number: int
@@ -71,6 +72,7 @@ class TierQueue:
     recovering: bool = False
     recovered: bool = False
     settling: int = 0
+    listings: int = 0
 
     @property
     def idle(self) -> bool:
@@ -211,8 +213,16 @@ class Scheduler:
         self._wake_idle()
 
     def _list(self, queue: TierQueue) -> None:
-        if "list" not in queue.link.powers or self._planner.tiers[queue.number].presence is None:
+        presence = self._planner.tiers[queue.number].presence
+        if "list" not in queue.link.powers or presence is None:
             return
+        holds_up = presence.capacity_bytes is not None
+        queue.listings += holds_up
+
+        def ended(complete: bool) -> None:
+            queue.listings -= holds_up
+            self._pump(queue)
+            self._wake_idle()
 
         def piece(listing: Listing) -> None:
             with self._lock:
@@ -222,7 +232,7 @@ class Scheduler:
 
         with self._lock:
             self._planner.down.begin_listing(queue.number)
-        queue.link.list(piece, lambda complete: None)
+        queue.link.list(piece, ended)
 
     def _recover(self, queue: TierQueue) -> None:
         """Ask a slot-addressed tier, once, for what it holds; its slots cannot be given out before."""
@@ -348,7 +358,7 @@ class Scheduler:
         size = capabilities.max_batch_blocks if capabilities else DEFAULT_BATCH_BLOCKS
         while queue.in_flight < concurrency:
             line = queue.reads or queue.prefetches
-            if not line and queue.link.state == "ready":
+            if not line and queue.link.state == "ready" and not queue.listings:
                 line = queue.writes
             room = queue.most_in_flight - queue.in_flight_bytes
             if not line or (queue.in_flight and line[0].slot_bytes[0] > room):

@@ -48,7 +48,8 @@ class TierBook:
         turnover: slot class -> copies evicted since room last went from one class to another.
         unclaimed: root -> what survived of a namespace that is not registered (yet), its slots adopted.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
-        debris_bytes: corrupt copies there, out of the record but not yet deleted.
+        debris_bytes: out of the record but not yet deleted: corrupt copies, and evicted ones as far as nothing that is
+            reserved waits for them.
         generation: grows when the tier's medium is lost; moves of an older one no longer count.
         available: what it holds can be read now; the scheduler says so. Lookups promise nothing of a tier that is away.
     """

@@ -91,8 +91,11 @@ class WriteThrough:
                 return move, None
             planned = tier.reserved_bytes + move.nbytes
             keys, groups, lengths = tier.presence.evict_for(tier.bytes_to_free(planned))
-            deletion = Deletion(tier.number, keys, groups, lengths) if len(groups) else None
-            if tier.presence.used_bytes + tier.debris_bytes + planned > tier.presence.capacity_bytes:
+            fits = tier.presence.used_bytes + tier.debris_bytes + planned <= tier.presence.capacity_bytes
+            excess = max(0, int(lengths.sum()) - move.nbytes * fits)
+            deletion = Deletion(tier.number, keys, groups, lengths, excess) if len(groups) else None
+            tier.debris_bytes += excess
+            if not fits:
                 self.drop_write(move)
                 return None, deletion
             tier.reserved_bytes = planned
@@ -143,6 +146,7 @@ class WriteThrough:
         """What could not be deleted still takes its room: back into the record, and tried again later."""
         tier = self._tiers[deletion.tier]
         tier.counters.evicted_blocks += int(ok.sum())
+        tier.debris_bytes = max(0, tier.debris_bytes - deletion.excess)
         if tier.presence is not None and not ok.all():
             tier.presence.add(deletion.keys[~ok], deletion.groups[~ok], deletion.lengths[~ok])
 
@@ -164,4 +168,8 @@ class WriteThrough:
             return None
         presence.add(keys[::-1], groups[::-1], lengths[::-1])  # a listing gives the oldest first
         over_keys, over_groups, over_lengths = presence.overflow()
-        return Deletion(number, over_keys, over_groups, over_lengths) if len(over_groups) else None
+        if not len(over_groups):
+            return None
+        excess = int(over_lengths.sum())
+        self._tiers[number].debris_bytes += excess
+        return Deletion(number, over_keys, over_groups, over_lengths, excess)

@@ -55,7 +55,9 @@ class Fetching(Stores):
             self.gates.open_all()
             self._all_return()
         self.gates.shut.add(kind)
-        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (9, 5, 3, 3, 1))[0]
+        act = dice.choices(("cancel", "kill", "reset", "deadline", "go"), (14, 10, 4, 5, 1))[0]
+        if kind == "read" and dice.random() < 0.3:  # one before it, so that it has to wait
+            self.fetch(aimed=True, deadline_s=600.0)
         deadline_s = 0.01 if act == "deadline" else 600.0
         fetched = self.fetch(aimed=True, deadline_s=deadline_s, keep=dice.random() < 0.8)
         if dice.random() < 0.3:  # another one waits for the same
@@ -182,7 +184,7 @@ class Fetching(Stores):
             return
         if dice.random() < 0.8:
             self.settle()
-        act = dice.choices(("cancel", "release", "reset", "go"), (6, 3, 2, 2))[0]
+        act = dice.choices(("cancel", "release", "reset", "go"), (6, 2, 3, 1))[0]
         if act == "cancel":
             self._cancel_load(made)
         elif act == "release":

@@ -14,17 +14,17 @@ from machine_world import SLACK_S, SLOT, pick
 from flexkv_core.errors import ManagerClosedError, UnknownNamespaceError
 
 WEIGHTS = {
-    "store": 9,
+    "store": 7,
     "storm": 8,
-    "fetch": 6,
-    "prefetch": 3,
+    "fetch": 4,
+    "prefetch": 2,
     "load": 7,
     "release": 4,
-    "lookup": 5,
+    "lookup": 4,
     "cancel": 5,
-    "aim_fetch": 22,
+    "aim_fetch": 26,
     "aim_store": 10,
-    "aim_load": 7,
+    "aim_load": 10,
     "aim_write": 5,
     "shut": 2,
     "let_go": 6,
@@ -91,6 +91,7 @@ class World(Fetching):
     def reap(self) -> None:
         for store in [store for store in self.stores if store.transfer.done]:
             error = store.transfer.error or ""
+            assert error or not store.overtaken, "a store of a namespace that was reset ended well"
             if "on purpose" in error:
                 self.say("a rank fails to store")
             elif error:
@@ -206,6 +207,7 @@ class World(Fetching):
         """What persistent tiers have kept is served right."""
         self.begin()
         self.say("opened again")
+        self.mortal |= {tier.name for tier in self.planner.tiers}  # what they had lost before is not known
         self.old = []
         self.until(lambda: all(link.state in ("ready", "backoff") for link in self.links.values()), "a tier")
         self.sync()

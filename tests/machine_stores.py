@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -154,6 +155,7 @@ class Stores(Base):
             self.say(f"reset during a {what}")
         for store in stores:
             store.reset = True
+            store.overtaken = self._phase(store) == "gather"
         self.old.append(model.namespace)
         model.namespace = self.manager.reset(model.namespace)
         self.sync()
@@ -171,8 +173,13 @@ class Stores(Base):
             return
         link, book = links[number], self.planner.tiers[number]
         waiting = any(not f.fetch.done for f in self.fetches)
+        self.mortal.add(book.name)
         if self.kind == "process":
             queue = self.scheduler.queues()[number]
+            for _ in range(20 if during else 0):
+                if queue.in_flight:
+                    break
+                time.sleep(0.001)
             reading = waiting and queue.in_flight
             writing = queue.in_flight and queue.queued_bytes
             if link.pid is not None:
@@ -186,7 +193,6 @@ class Stores(Base):
         if self.gates.waiting("write", where=book.name):
             self.say("kill during a write")
         self.gates.dead.add(book.name)
-        self.mortal.add(book.name)
         self.scheduler.ask(link.die)
         self.gates.let_go(self.gates.waiting(where=book.name), broken=True)
         self.until(lambda: link.calls == 0, "the end of the calls of a dead tier")

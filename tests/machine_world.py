@@ -65,7 +65,7 @@ def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
     kept = tier("gate-kept", "kept", capacity=dice.choice((60, 120)) * SLOT)
     keyed = tier("gate-keyed", "keyed", persistent=False)
     slots = tier("gate-slotted", "slots", capacity=64 * SLOT, persistent=dice.random() < 0.5)
-    crash = {"crash": 0.01, "hang": 0.01, "delay": 0.3, "delay_s": 0.05, "corrupt": 0.05, "seed": dice.randrange(99)}
+    crash = {"crash": 0.01, "hang": 0.01, "delay": 0.6, "delay_s": 0.05, "corrupt": 0.05, "seed": dice.randrange(99)}
     directory = {"capacity": 100 * SLOT, "root": str(root / "kv")}
     process = {"isolation": "process", "deadline_s": 1.0, "faults": crash}
     tiers = {
@@ -154,6 +154,7 @@ class Store:
     names: set[Name]
     pages: list[int]
     reset: bool = False
+    overtaken: bool = False  # by a reset, before its copy had ended
 
 
 @dataclass(eq=False)
@@ -187,7 +188,7 @@ class Base:
         self.gates = Current.gates = Gates()
         self.stored: set[Name] = set()
         self.parents: dict[bytes, bytes | None] = {}  # of keys
-        self.mortal: set[str] = set()  # tiers that have been killed
+        self.mortal: set[str] = set()  # tiers that have been killed, or were there before
         self.before = resources()
         self.complaints = Complaints(self.gates)
         for name in ("flexkv", "asyncio"):
@@ -416,9 +417,12 @@ class Base:
     def _check_ancestors(self, book: Any) -> None:
         """A dropped write has dropped its descendants' writes: a tier that lost nothing else holds whole prefixes."""
         counters = book.counters
-        if counters.evicted_blocks or counters.failed_blocks or counters.missing_blocks or counters.corrupt_blocks:
+        if counters.evicted_blocks or counters.missing_blocks or counters.corrupt_blocks:
             return
-        if book.name in self.mortal or not self.gates.sizes:
+        if counters.failed_blocks and self.links[book.number].capabilities.concurrency > 1:
+            return  # what continues a block may have been on its way beside it
+        alone = len(self.planner.tiers) == 2  # else another one may have the ancestors
+        if book.name in self.mortal or not self.parents or not alone or self.kind == "process":
             return
         keys = np.frombuffer(b"".join(self.parents), np.uint8).reshape(-1, 32)
         held = {key for key, is_there in zip(self.parents, book.presence.held(keys, 0), strict=True) if is_there}
@@ -433,15 +437,18 @@ class Base:
         for fetched in self.fetches:
             assert fetched.fetch.wait(0), "a fetch that nobody will end"
 
+    def deaf(self) -> None:
+        for name in ("flexkv", "asyncio"):
+            logging.getLogger(name).removeHandler(self.complaints)
+
     def gone(self) -> None:
         """Nothing of the manager is left in this process."""
         self.gates.open_all()
-        for name in ("flexkv", "asyncio"):
-            logging.getLogger(name).removeHandler(self.complaints)
+        self.deaf()
         del self.manager, self.scheduler, self.planner
         self.fetches, self.loads, self.stores = [], [], []
         deadline = time.monotonic() + SLACK_S
-        while (now := resources()) != self.before:
+        while np.any(np.greater(now := resources(), self.before)):
             gc.collect()
             if time.monotonic() > deadline:
                 files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Install
-from machine_gates import BACKENDS, PLUGINS, Current, GatedDevice, Gates, KillableLink, content, gated_verify
+from machine_gates import BACKENDS, PLUGINS, Current, GatedDevice, Gates, Kept, KillableLink, content, gated_verify
 from machine_world import SLOT
 
 from flexkv_core import manager as manager_module
@@ -189,3 +189,50 @@ def test_a_backend_that_opens_after_close_is_closed(
     until(lambda: again.stats()["tiers"]["directory"]["state"] != "starting")
     assert again.stats()["tiers"]["directory"]["state"] == "ready"
     again.close()
+
+
+def test_nothing_is_written_before_a_bounded_tier_has_said_what_it_holds(
+    gates: Gates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the record did not know yet took no room, so a tier that came back held more than its capacity."""
+    small = Small(gates, capacity=32 * SLOT, write_queue=24 * SLOT)
+    keys = small.keys(0, 24)
+    assert small.store(keys).wait(PATIENCE_S)
+    assert small.manager.drain(PATIENCE_S)
+    small.manager.close()
+    listed = threading.Event()
+    whole = Kept.list
+
+    def slow(kept: Kept) -> Any:
+        assert listed.wait(PATIENCE_S)
+        yield from whole(kept)
+
+    monkeypatch.setattr(Kept, "list", slow)
+    small = Small(gates, capacity=32 * SLOT, write_queue=24 * SLOT)
+    until(lambda: small.manager.stats()["tiers"]["low"]["state"] == "ready")
+    assert small.store(small.keys(1, 20)).wait(PATIENCE_S)
+    assert not small.manager.drain(0.2)
+    assert len(gates.media["low"]) == 24
+    listed.set()
+    assert small.manager.drain(PATIENCE_S)
+    assert len(gates.media["low"]) <= 32
+    assert not gates.broken
+    assert small.manager.lookup(small.namespace, small.keys(1, 20)).blocks == 20
+    small.manager.close()
+
+
+def test_room_that_is_being_made_is_nobodys_yet(gates: Gates) -> None:
+    """Blocks that are being deleted took no room any more: another write came before they were gone."""
+    small = Small(gates, capacity=8 * SLOT, evict_ratio=0.5, concurrency=2, max_batch_blocks=1, write_queue=24 * SLOT)
+    assert small.store(small.keys(0, 8)).wait(PATIENCE_S)
+    assert small.manager.drain(PATIENCE_S)
+    assert len(gates.media["low"]) == 8
+    gates.shut.add("delete")
+    assert small.store(small.keys(1, 2)).wait(PATIENCE_S)
+    until(lambda: gates.waiting("delete"))
+    assert not small.manager.drain(0.1)
+    gates.open("delete")
+    assert small.manager.drain(PATIENCE_S)
+    assert not gates.broken
+    assert small.manager._planner.tiers[1].debris_bytes == 0
+    small.manager.close()
