@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Install
-from machine_gates import BACKENDS, PLUGINS, Current, GatedDevice, Gates, KillableLink, content, gated_verify
-from machine_world import SLOT
+from manager_gates import BACKENDS, PLUGINS, SLOT, Current, GatedDevice, Gates, KillableLink, content, gated_verify
 
 from flexkv_core import manager as manager_module
 from flexkv_core import scheduler, tier_inline

@@ -1,4 +1,4 @@
-"""Backends, devices and a link that the manager's state machine holds, fails and kills when it likes.
+"""Backends, devices and a link that a test of the manager holds, fails and kills when it likes.
 
 Everything waits at one `Gates`: calls of backends, copies of devices, sealing and verifying. A call that waits can be
 let go alone, with all of its kind, or broken. The media belong to the `Gates`, so they survive a manager. What the core
@@ -25,6 +25,8 @@ from flexkv_core import backend as fk
 from flexkv_core import copying, scheduler
 from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.tier_inline import InlineLink
+
+SLOT = 8192  # bytes of a slot in the stacks of these tests
 
 PATIENCE_S = 60.0
 """Longer than anything here takes: a wait that runs into it is a failure."""
@@ -238,7 +240,7 @@ class Slotted(Keyed):
 
 PLUGINS = """
     import flexkv_core.backend as fk
-    from machine_gates import GateConfig, {made}
+    from manager_gates import GateConfig, {made}
 
     @fk.hookimpl
     def flexkv_backend():
