@@ -44,6 +44,7 @@ class Gate:
         self.medium: dict[Any, bytes] = {}
         self.most_bytes = 0
         self.failing: set[str] = set()
+        self.failing_once: set[str] = set()
         self._bytes = 0
         self._closed: set[str] = set()
         self._changed = threading.Condition()
@@ -75,7 +76,8 @@ class Gate:
             self.most_bytes = max(self.most_bytes, self._bytes)
             assert self._changed.wait_for(lambda: operation not in self._closed, PATIENCE_S)
             self._bytes -= int(batch.lengths.sum())
-            if operation in self.failing:
+            if operation in self.failing or operation in self.failing_once:
+                self.failing_once.discard(operation)
                 raise OSError("told to fail")
 
 

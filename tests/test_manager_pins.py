@@ -256,10 +256,9 @@ def test_a_failed_write_takes_its_queued_descendants_with_it(gates: None) -> Non
         for one in (keys, other):
             assert rig.begin_store(one).wait(PATIENCE_S)
         until(lambda: gate.count("write") == 1)
-        gate.failing.add("write")
+        gate.failing_once.add("write")
         gate.open("write")
         until(lambda: settled(manager)["tiers"]["gate"]["failed_blocks"] == 2)
-        gate.failing.clear()
         assert manager.drain(PATIENCE_S)
         written = gate.blocks("write")
         assert not set(own(keys[2:])) & set(written)

@@ -209,7 +209,7 @@ class PlannerMachine(RuleBasedStateMachine):
         if len(move) > 1 and data.draw(st.booleans()):
             self.open_reads.append(move.part(slice(1, None)))
             move = move.part(slice(0, 1))
-        verdicts = st.sampled_from([Outcome.GOOD] * 5 + [Outcome.FAILED, Outcome.CORRUPT, Outcome.MISSING])
+        verdicts = st.sampled_from([Outcome.GOOD] * 3 + [Outcome.FAILED, Outcome.CORRUPT, Outcome.MISSING])
         outcome = np.array([data.draw(verdicts) for _ in range(len(move))], np.uint8)
         for i in range(len(move)):
             name = (move.block_keys[i].tobytes(), int(move.groups[i]))
@@ -258,6 +258,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.open_writes = [m for m in self.open_writes if m.tier != 2]
         self.planner.lose_tier(2)
         self.keyed.clear()
+        self.undeletable = 0  # it went with the medium
 
     @precondition(lambda self: len(self.ssd) > (8 if self.options else 18))
     @rule()
@@ -335,23 +336,24 @@ def test_whatever_happens_the_rules_hold(options: bool, monkeypatch: pytest.Monk
         phases=[Phase.generate],
     )
     PlannerMachine.TestCase.settings = machine
-    PlannerMachine.TestCase().runTest()
+    wanted = (
+        "read_good",
+        "read_corrupt",
+        "read_missing",
+        "release",
+        "lose_tier",
+        "lose_slot_tier",
+        "abort_store",
+        "drop_write",
+        "reset",
+    )
+    rare: list[str] = []
+    for _ in range(5):  # a rare one comes in so many runs or not at all
+        PlannerMachine.TestCase().runTest()
+        rare = [name for name in wanted if TRANSITIONS[name] < 5]
+        if not rare:
+            break
     print(dict(TRANSITIONS))
-    rare = [
-        name
-        for name in (
-            "read_good",
-            "read_corrupt",
-            "read_missing",
-            "release",
-            "lose_tier",
-            "lose_slot_tier",
-            "abort_store",
-            "drop_write",
-            "reset",
-        )
-        if TRANSITIONS[name] < 5
-    ]
     assert not rare, f"transitions that this run hardly took: {rare}"
 
 
