@@ -26,8 +26,8 @@ MUTANTS = [
     Mutant(
         "writes_pass_reads",
         "scheduler.py",
-        '            if not line and queue.link.state == "ready":\n',
-        '            if queue.writes and queue.link.state == "ready":\n',
+        '            if not line and queue.link.state == "ready" and not queue.listings:\n',
+        '            if queue.writes and queue.link.state == "ready" and not queue.listings:\n',
         "reads pass queued writes",
         PINS,
     ),
