@@ -9,27 +9,23 @@ committed when all ranks have copied, and given up when one fails. Replicated bl
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.backend import PAGE
-from flexkv_core.device import Device
-from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, UnknownNamespaceError
+from flexkv_core.errors import KeyInputError, KeyTypeError, UnknownNamespaceError
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Transfer
 from flexkv_core.index import Keys
-from flexkv_core.layout import ModelSpec
 from flexkv_core.ledger import distinct
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, StorePlan
+from flexkv_core.ranks import CopyPart, Direction, LocalWorker, Ranks
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Scheduler
 from flexkv_core.seal import seal_blocks
@@ -43,61 +39,6 @@ MAX_PENDING_STORES = 1024
 WAS_RESET = "the namespace was reset"
 
 DeviceBlocks = npt.NDArray[np.int64] | Sequence[npt.NDArray[np.int64]]
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The devices that hold a model's paged KV, one a rank, and which part of a block each has.
-
-    Attributes:
-        shards: by rank and group: (first byte of the payload, bytes); no bytes: nothing to copy there.
-        writes: by rank and group: whether the rank stores its part.
-        pages: by group: how many device blocks all ranks have.
-    """
-
-    devices: tuple[Device, ...]
-    shards: tuple[tuple[tuple[int, int], ...], ...]
-    writes: tuple[tuple[bool, ...], ...]
-    pages: tuple[int, ...]
-
-    @classmethod
-    def of(cls, devices: Sequence[Device], model: ModelSpec) -> Ranks:
-        """Match devices with a model. Raises LayoutError where their blocks have other sizes than it says."""
-        layout = model.tensor_parallel * model.pipeline_parallel
-        if not devices or len(devices) not in (1, layout):
-            # The order of a block's bytes is that of the ranks, so the namespace must tell one layout from another.
-            raise LayoutError(
-                f"{len(devices)} devices for tensor_parallel {model.tensor_parallel} and pipeline_parallel "
-                f"{model.pipeline_parallel}: give one device a rank, and say so in the ModelSpec"
-            )
-        by_group = [group.shards(len(devices)) for group in model.groups]
-        pages = []
-        for number, shards in enumerate(by_group):
-            counts = []
-            for rank, (device, (_, size)) in enumerate(zip(devices, shards, strict=True)):
-                if not size:
-                    continue
-                where = f"group {number}, rank {rank}" if len(devices) > 1 else f"group {number}"
-                try:
-                    fragments = device.fragments(number)
-                except LayoutError as error:
-                    raise LayoutError(f"{where}: the model has {size} bytes there, but {error}") from error
-                if fragments.block_bytes != size:
-                    raise LayoutError(
-                        f"{where}: the device's blocks have {fragments.block_bytes} bytes, the model's {size}: "
-                        "describe the same tensors in both"
-                    )
-                counts.append(fragments.pages)
-            pages.append(min(counts))
-        writes = tuple(
-            tuple(
-                bool(shards[rank][1]) and (rank == 0 or not group.replicated)
-                for group, shards in zip(model.groups, by_group, strict=True)
-            )
-            for rank in range(len(devices))
-        )
-        by_rank = tuple(tuple(shards[rank] for shards in by_group) for rank in range(len(devices)))
-        return cls(tuple(devices), by_rank, writes, tuple(pages))
 
 
 class Copies:
@@ -121,9 +62,9 @@ class Copies:
         self.pending_stores = 0
         self.refused_stores = 0
 
-    def _open(self) -> Transfer:
+    def _open(self, tag: str) -> Transfer:
         """A new transfer. Any thread."""
-        transfer = Transfer()
+        transfer = Transfer(tag)
         self._transfers.add(transfer)
         return transfer
 
@@ -136,43 +77,85 @@ class Copies:
         for transfer in list(self._transfers):
             self._end(transfer, 0, "the manager was closed")
 
-    def _on_all_ranks(self, works: Sequence[Callable[[], None]], done: Callable[[BaseException | None], None]) -> None:
-        """Run one piece of work a rank on copy threads, then `done` with the first error."""
-        errors: list[BaseException] = []
-        left = len(works)
+    def _on_all_ranks(
+        self,
+        ranks: Ranks,
+        direction: Direction,
+        parts: Sequence[Sequence[CopyPart]],
+        transfer: Transfer,
+        then: Callable[[], None] | None,
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        """Copy `parts[rank]` on each rank that has some; when all have, run `then` off the owner thread; at last
+        `done` with the first error, when nothing of it moves any more."""
+        busy = [(worker, mine) for worker, mine in zip(ranks.workers, parts, strict=True) if mine]
+        first = busy[0][0] if busy else None
 
-        def one_done(_: Any, error: BaseException | None) -> None:
+        def copy(worker: LocalWorker, mine: Sequence[CopyPart]) -> None:
+            if direction == "scatter" or not transfer.cancelled:
+                worker.run(direction, mine)
+
+        if len(busy) == 1 and isinstance(first, LocalWorker):  # one thread does it all
+            alone, mine = first, busy[0][1]
+
+            def run() -> None:
+                copy(alone, mine)
+                if then is not None:
+                    then()
+
+            self._scheduler.run_copy(run, lambda _, error: done(error))
+            return
+        errors: list[BaseException] = []
+        left = len(busy)
+
+        def all_done() -> None:
+            if errors or then is None:
+                done(errors[0] if errors else None)
+            else:
+                self._scheduler.run_copy(then, lambda _, error: done(error))
+
+        def one_done(error: BaseException | None) -> None:
             nonlocal left
             left -= 1
             if error is not None:
                 errors.append(error)
             if not left:
-                done(errors[0] if errors else None)
+                all_done()
 
-        for work in works:
-            self._scheduler.run_copy(work, one_done)
+        for worker, mine in busy:
+            if isinstance(worker, LocalWorker):
+                self._scheduler.run_copy(
+                    lambda worker=worker, mine=mine: copy(worker, mine),  # type: ignore[misc]
+                    lambda _, error: one_done(error),
+                )
+            else:
+                worker.start(direction, mine, transfer.tag, self._scheduler.job(one_done))
+        if not busy:
+            all_done()
 
     # ---------------------------------------------------------------- load
 
-    def load(self, fetch: Fetch, plan: FetchPlan, ranks: Ranks, device_blocks: DeviceBlocks) -> Transfer:
+    def load(self, fetch: Fetch, plan: FetchPlan, ranks: Ranks, device_blocks: DeviceBlocks, tag: str) -> Transfer:
         """Copy a fetch's ready blocks into device blocks of all ranks. Any thread; see `KVCacheManager.load`."""
         wanted = by_group(device_blocks, len(plan.pinned), fetch.ready, "device_blocks")
-        jobs: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+        jobs: list[CopyPart] = []
         for group, blocks in enumerate(wanted):
             check_blocks(ranks, group, blocks)
             chosen = (blocks >= 0) & plan.pinned[group, : len(blocks)]
-            jobs.append((group, plan.slots[group, : len(blocks)][chosen] * PAGE, blocks[chosen]))
-        transfer = self._open()
-        count = sum(len(blocks) for _, _, blocks in jobs)
-        alone = len(ranks.devices) == 1
-
-        def scatter(rank: int) -> None:
-            for group, offsets, blocks in jobs:
-                first, size = ranks.shards[rank][group]
-                if size and len(blocks):
-                    ranks.devices[rank].scatter(self._region.buffer, offsets + first, blocks, group)
-            if alone:
-                transfer.settle(count)  # from the copy thread: the caller need not wait for the books below
+            if chosen.any():
+                jobs.append(CopyPart(group, plan.slots[group, : len(blocks)][chosen] * PAGE, blocks[chosen]))
+        transfer = self._open(tag)
+        count = sum(len(job.device_blocks) for job in jobs)
+        parts = [
+            [
+                CopyPart(job.group, job.offsets + shards[job.group][0], job.device_blocks)
+                for job in jobs
+                if shards[job.group][1]
+            ]
+            for shards in ranks.shards
+        ]
+        # From the copy thread: the caller need not wait for the books below.
+        early = (lambda: transfer.settle(count)) if isinstance(ranks.workers[0], LocalWorker) else None
 
         def done(error: BaseException | None) -> None:
             fetch.loads -= 1
@@ -186,21 +169,20 @@ class Copies:
                 self._end(transfer, 0, "cancelled" if transfer.cancelled else f"the fetch was {fetch.why}")
                 return
             fetch.loads += 1
-            works = [functools.partial(scatter, rank) for rank in range(len(ranks.devices))]
-            self._on_all_ranks(works, done)
+            self._on_all_ranks(ranks, "scatter", parts, transfer, early if len(parts) == 1 else None, done)
 
         self._scheduler.call(start)
         return transfer
 
     # ---------------------------------------------------------------- store
 
-    def store(self, root: bytes, keys: Keys, table: npt.NDArray[np.int64], ranks: Ranks) -> Transfer:
+    def store(self, root: bytes, keys: Keys, table: npt.NDArray[np.int64], ranks: Ranks, tag: str) -> Transfer:
         """Copy device blocks to host memory and commit them. Any thread; see `KVCacheManager.store`.
 
         Args:
             table: (groups, n) int64: device blocks, -1 where there is none.
         """
-        transfer = self._open()
+        transfer = self._open(tag)
         self._scheduler.call(self._begin_store, transfer, root, keys, table, ranks)
         return transfer
 
@@ -225,34 +207,22 @@ class Copies:
             self._end(transfer, 0, spelled(error))
             return
         self.pending_stores += 1
-        alone = len(ranks.devices) == 1
-
-        def gather(rank: int) -> None:
-            if transfer.cancelled:
-                return
-            device = ranks.devices[rank]
-            for group in distinct(plan.groups):
-                first, _ = ranks.shards[rank][group]
-                if ranks.writes[rank][group]:
-                    chosen = plan.groups == group
-                    offsets = plan.slots[chosen] * PAGE + first
-                    device.gather(self._region.buffer, offsets, table[group, plan.positions[chosen]], group)
-            if alone:
-                self._seal(plan)
-
-        def gathered(error: BaseException | None) -> None:
-            if error is not None or alone or transfer.cancelled:
-                self._end_store(transfer, plan, error)
-            else:
-                self._scheduler.run_copy(
-                    lambda: self._seal(plan), lambda _, error: self._end_store(transfer, plan, error)
-                )
-
         if not len(plan.positions):
             self._end_store(transfer, plan, None)
             return
-        works = [functools.partial(gather, rank) for rank, writes in enumerate(ranks.writes) if any(writes)]
-        self._on_all_ranks(works, gathered)
+        parts: list[list[CopyPart]] = [[] for _ in ranks.workers]
+        for group in distinct(plan.groups):
+            chosen = plan.groups == group
+            offsets, blocks = plan.slots[chosen] * PAGE, table[group, plan.positions[chosen]]
+            for rank, mine in enumerate(parts):
+                if ranks.writes[rank][group]:
+                    mine.append(CopyPart(group, offsets + ranks.shards[rank][group][0], blocks))
+
+        def seal() -> None:
+            if not transfer.cancelled:
+                self._seal(plan)
+
+        self._on_all_ranks(ranks, "gather", parts, transfer, seal, lambda error: self._end_store(transfer, plan, error))
 
     def _seal(self, plan: StorePlan) -> None:
         """Seal a store's blocks (copy thread)."""

@@ -90,10 +90,13 @@ class Fetches:
     def _update(self, fetch: Fetch) -> None:
         if fetch.done or fetch.plan is None:
             return
+        before = fetch.ready
         with self._lock:
             fetch.ready = self._planner.ready(fetch.plan)
         if not fetch.plan.awaited.any():
             self._finish(fetch)
+        elif fetch.ready != before:
+            fetch.changed()
 
     def _finish(self, fetch: Fetch) -> None:
         """Complete, or its time is up."""
@@ -127,6 +130,7 @@ class Fetches:
         """Take back its pins, when its last load has ended."""
         if not fetch.released:
             fetch.released, fetch.why = True, why
+            fetch.changed()
         self.unpin(fetch)
 
     def unpin(self, fetch: Fetch) -> None:

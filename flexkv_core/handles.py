@@ -40,7 +40,20 @@ class Fetch:
             why it could not be planned); "" before.
     """
 
-    __slots__ = ("_event", "_release", "done", "keep", "loads", "plan", "ready", "released", "sources", "timers", "why")
+    __slots__ = (
+        "_event",
+        "_release",
+        "_watcher",
+        "done",
+        "keep",
+        "loads",
+        "plan",
+        "ready",
+        "released",
+        "sources",
+        "timers",
+        "why",
+    )
 
     def __init__(self, release: Callable[[Fetch], None], *, keep: bool = True) -> None:
         self.ready = 0
@@ -53,7 +66,17 @@ class Fetch:
         self.keep = keep  # False: nobody waits for it, so it is released when it is done
         self.timers: list[asyncio.TimerHandle] = []
         self._release = release
+        self._watcher: Callable[[Fetch], None] | None = None
         self._event = threading.Event()
+
+    def watch(self, watcher: Callable[[Fetch], None]) -> None:
+        """Have `watcher(fetch)` called on the owner thread whenever `ready`, `done` or `released` has changed."""
+        self._watcher = watcher
+
+    def changed(self) -> None:
+        """Tell the watcher (owner thread)."""
+        if self._watcher is not None:
+            self._watcher(self)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until `done`; returns it."""
@@ -67,6 +90,7 @@ class Fetch:
         """Mark done (owner thread)."""
         self.done = True
         self._event.set()
+        self.changed()
 
 
 class Transfer:
@@ -77,11 +101,14 @@ class Transfer:
         blocks: after `done`, device blocks copied (a store that found all blocks held copies none).
         error: why it failed ("cancelled", say), or None.
         cancelled: `KVCacheManager.cancel` was called for it before it ended.
+        tag: the caller's name for it, which workers in other processes are told too.
     """
 
-    __slots__ = ("_event", "_settling", "blocks", "cancelled", "done", "error")
+    __slots__ = ("_event", "_settling", "_then", "blocks", "cancelled", "done", "error", "tag")
 
-    def __init__(self) -> None:
+    def __init__(self, tag: str = "") -> None:
+        self.tag = tag
+        self._then: Callable[[Transfer], None] | None = None
         self.done = False
         self.blocks = 0
         self.error: str | None = None
@@ -93,6 +120,14 @@ class Transfer:
         """Wait until `done`; returns it."""
         return self._event.wait(timeout_s)
 
+    def then(self, act: Callable[[Transfer], None]) -> None:
+        """Have `act(transfer)` called once when it is done, on the thread that settles it; at once if it is."""
+        with self._settling:
+            if not self.done:
+                self._then = act
+                return
+        act(self)
+
     def settle(self, blocks: int, error: str | None = None) -> None:
         """Mark done, by the owner thread or the thread that copied; the first call counts."""
         with self._settling:
@@ -100,3 +135,5 @@ class Transfer:
                 return
             self.blocks, self.error, self.done = blocks, error, True
         self._event.set()
+        if self._then is not None:
+            self._then(self)

@@ -6,6 +6,7 @@ lives and the handles that callers hold. Errors of storage never come out of it:
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books
 from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
-from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
+from flexkv_core.copying import Copies, DeviceBlocks, by_group, check_blocks
 from flexkv_core.device import Device
 from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
 from flexkv_core.fetching import Fetches
@@ -29,6 +30,7 @@ from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
 from flexkv_core.plans import HOST
+from flexkv_core.ranks import LocalWorker, Ranks
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Link, Scheduler
 from flexkv_core.tier_book import TierBook
@@ -54,14 +56,22 @@ class KVCacheManager:
         *,
         verify: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        region: HostRegion | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        """Use `open`, unless:
+
+        Args:
+            region: host memory of an earlier manager that nothing touches any more; `host_bytes` says how much.
+            loop: a running event loop whose thread shall own the manager's state; it must outlive the manager.
+        """
         self._stack = stack
         self._lock = threading.RLock()
         self._closed = False
         self._ranks: dict[bytes, Ranks] = {}
         self._epochs: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace since the last reset
         opened = open_books(stack)
-        self._region = HostRegion.create(
+        self._region = region or HostRegion.create(
             opened.host_bytes,
             huge_pages="try" if opened.huge_pages else "off",
             prefault=opened.prefault,
@@ -72,7 +82,7 @@ class KVCacheManager:
         self._planner = make_planner(
             opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size), index=stack.index
         )
-        self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify)
+        self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify, loop=loop)
         self._fetches = Fetches(self._planner, self._scheduler, self._lock, stack.pin_limit_s)
         self._copies = Copies(self._planner, self._scheduler, self._fetches, self._lock, self._region)
         self._verify = verify
@@ -161,7 +171,8 @@ class KVCacheManager:
         namespace = Namespace.of(model)
         ranks = None
         if device is not None:
-            ranks = Ranks.of(device if isinstance(device, Sequence) else [device], model)
+            devices = device if isinstance(device, Sequence) else [device]
+            ranks = Ranks.of([LocalWorker(each, self._region) for each in devices], model)
         with self._lock:
             namespace = self._epochs.get(namespace.root, namespace)
             self._planner.add_model(namespace.root, model.groups)
@@ -226,12 +237,14 @@ class KVCacheManager:
 
     # ---------------------------------------------------------------- copies
 
-    def load(self, fetch: Fetch, device_blocks: DeviceBlocks) -> Transfer:
+    def load(self, fetch: Fetch, device_blocks: DeviceBlocks, *, ranks: Ranks | None = None, tag: str = "") -> Transfer:
         """Copy a fetch's ready blocks into device blocks, on all ranks.
 
         Args:
             device_blocks: (m,) int64, the device block for each of the first m <= fetch.ready blocks, -1 to skip
                 one; with several KV groups a sequence of such arrays, one a group.
+            ranks: whose device blocks they are, where it is not the devices of `register`.
+            tag: the caller's name for the transfer.
 
         The transfer fails, and nothing is copied, if the fetch has lost its pins before the copy began.
 
@@ -246,32 +259,41 @@ class KVCacheManager:
         with self._lock:
             reset = plan is None or not self._planner.is_live(plan.root)
         if plan is None or reset or fetch.released:
-            transfer = Transfer()
+            transfer = Transfer(tag)
             transfer.settle(0, f"the fetch was {fetch.why or 'reset'}")
             return transfer
-        return self._copies.load(fetch, plan, self._ranks_of(plan.root), device_blocks)
+        return self._copies.load(fetch, plan, ranks or self._ranks_of(plan.root), device_blocks, tag)
 
-    def store(self, namespace: Namespace, keys: Keys, device_blocks: DeviceBlocks) -> Transfer:
+    def store(
+        self,
+        namespace: Namespace,
+        keys: Keys,
+        device_blocks: DeviceBlocks,
+        *,
+        ranks: Ranks | None = None,
+        tag: str = "",
+    ) -> Transfer:
         """Copy device blocks to host memory, commit them, and let them sink to the lower tiers behind the call.
 
         Args:
             keys: (n, 32) uint8, from the namespace's first block on.
             device_blocks: (n,) int64, -1 where the caller offers none; with several KV groups one array a group.
                 Blocks that host memory holds already are not copied again.
+            ranks, tag: as for `load`.
 
         The transfer is done when the blocks are committed in host memory. The device blocks must not change
         before that. With several ranks a block is committed when all have copied; if one fails, none is.
         """
         self._check_open()
         keys = _checked_keys(keys)
-        ranks = self._ranks_of(namespace.root)
+        ranks = ranks or self._ranks_of(namespace.root)
         with self._lock:
             groups = self._planner.groups(namespace.root)
         table = np.full((len(groups), len(keys)), -1, np.int64)
         for group, blocks in enumerate(by_group(device_blocks, len(groups), len(keys), "device_blocks")):
             check_blocks(ranks, group, blocks)
             table[group, : len(blocks)] = blocks
-        return self._copies.store(namespace.root, keys, table, ranks)
+        return self._copies.store(namespace.root, keys, table, ranks, tag)
 
     def cancel(self, transfer: Transfer | Fetch) -> None:
         """Give up a fetch or a transfer, at any point. It will be done soon; if it is done, nothing happens.

@@ -102,7 +102,17 @@ def _deletion_batch(deletion: Deletion, chosen: slice) -> Batch:
 class Scheduler:
     """See the module's docstring. Methods without a note are for the owner thread only."""
 
-    def __init__(self, planner: Planner, lock: threading.RLock, region: HostRegion, *, verify: bool) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        lock: threading.RLock,
+        region: HostRegion,
+        *,
+        verify: bool,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """`loop`: runs already, in a thread that is the owner from now on and does not end here; default: one of our
+        own."""
         self._planner = planner
         self._lock = lock
         self._region = region
@@ -112,14 +122,16 @@ class Scheduler:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._jobs = 0
         self.on_read: Callable[[Move], None] = lambda move: None
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="flexkv-owner", daemon=True)
+        self.loop = loop or asyncio.new_event_loop()
+        own = threading.Thread(target=self._run, name="flexkv-owner", daemon=True)
+        self._thread = own if loop is None else None
 
     # ---------------------------------------------------------------- life (any thread)
 
     def start(self) -> None:
-        """Start the owner thread."""
-        self._thread.start()
+        """Start the owner thread, unless another runs the loop."""
+        if self._thread is not None:
+            self._thread.start()
 
     def call(self, act: Callable[..., Any], *args: Any) -> None:
         """Have the owner thread call `act`; after `close` nothing happens. Any thread."""
@@ -170,10 +182,11 @@ class Scheduler:
         except concurrent.futures.TimeoutError:
             clean = False
         self._copiers.shutdown(wait=clean, cancel_futures=True)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(1.0)
-        if not self._thread.is_alive():
-            self.loop.close()
+        if self._thread is not None:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(1.0)
+            if not self._thread.is_alive():
+                self.loop.close()
         return bool(clean)
 
     def _run(self) -> None:
@@ -348,6 +361,17 @@ class Scheduler:
             self._copiers.submit(run)
         except RuntimeError:  # raised after `close`, which waits no longer
             self.loop.call_soon(finish, None, ManagerClosedError("the manager was closed"))
+
+    def job(self, done: Callable[[BaseException | None], None]) -> Callable[[BaseException | None], None]:
+        """Count a copy that runs in another process as under way until the returned function is called."""
+        self._jobs += 1
+
+        def finish(error: BaseException | None) -> None:
+            self._jobs -= 1
+            done(error)
+            self._wake_idle()
+
+        return finish
 
     def _pump(self, queue: TierQueue) -> None:
         """Start as many calls as the tier takes: reads first, then prefetches, then writes."""

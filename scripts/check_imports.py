@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what is where
     ("presence",),
     ("index",),
-    ("pool",),
+    ("pool", "ranks"),
     ("model_groups",),
     # what a stack says, devices, discovery of plug-ins, policies (which plug-ins may bring)
     ("config", "device", "models"),
