@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from flexkv_core import tier_wire as wire
 from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
+from flexkv_core.framing import Reader, WireError
 
 logger = logging.getLogger("flexkv.tier")
 
@@ -84,7 +85,7 @@ class _Process:
     popen: subprocess.Popen[bytes]
     pidfd: int
     socket: socket.socket
-    reader: wire.Reader = field(default_factory=wire.Reader)
+    reader: Reader = field(default_factory=lambda: Reader(wire.MAX_MESSAGE_BYTES))
     outgoing: bytearray = field(default_factory=bytearray)
     killed: bool = False
     reaped: bool = False
@@ -260,7 +261,7 @@ class TierLink:
             return
         except OSError:  # reset: it died with something of ours unread
             self._kill(HUNG_UP)
-        except wire.WireError as error:
+        except WireError as error:
             self._kill(f"it broke the protocol: {error}")
 
     def _handle(self, message: wire.ToCore) -> None:
@@ -283,13 +284,13 @@ class TierLink:
             if pending is None:
                 self.unexpected_answers += 1
             elif len(message.statuses) != pending.blocks:
-                raise wire.WireError(f"{len(message.statuses)} bytes of answers where {pending.blocks} are due")
+                raise WireError(f"{len(message.statuses)} bytes of answers where {pending.blocks} are due")
             else:
                 self._finish(message.number, message.statuses)
 
     def _opened(self, message: wire.Ready) -> None:
         if self.state != "starting":
-            raise wire.WireError("ready a second time")
+            raise WireError("ready a second time")
         self.capabilities = Capabilities(
             "slot" if message.addressing == "slot" else "key",
             message.persistent,

@@ -22,19 +22,19 @@ from pathlib import Path
 
 import numpy as np
 
+from flexkv_core.framing import Reader, WireError
 from flexkv_core.tier_wire import (
+    MAX_MESSAGE_BYTES,
     Call,
     Close,
     Done,
     Failed,
     Log,
     Piece,
-    Reader,
     Ready,
     Start,
     ToCore,
     ToTier,
-    WireError,
     batch_of,
     frame,
     parse_to_tier,
@@ -53,7 +53,7 @@ class _Channel(logging.Handler):
         super().__init__()
         self._socket = connection
         self._sending = threading.Lock()
-        self._reader = Reader()
+        self._reader = Reader(MAX_MESSAGE_BYTES)
 
     def send(self, message: ToCore) -> None:
         data = frame(message)

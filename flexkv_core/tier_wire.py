@@ -1,12 +1,11 @@
 """The wire between the core and a tier process: messages, framing, arrays as bytes.
 
-A frame is a 4-byte little-endian length and a msgpack message (msgspec tagged structs, nothing executable). Both
-sides bound what they read. Arrays travel as raw bytes and are checked against the batch's length on arrival.
+Messages are msgpack in frames (msgspec tagged structs, nothing executable). Both sides bound what they read. Arrays
+travel as raw bytes and are checked against the batch's length on arrival.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import msgspec
@@ -14,15 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.backend import Batch, Listing, Recovered
+from flexkv_core.framing import WireError, framed
 
 MAX_MESSAGE_BYTES = 64 << 20
 LISTING_PIECE = 1 << 16
 """Blocks in one message of a listing."""
-_HEADER = struct.Struct("<I")
-
-
-class WireError(Exception):
-    """The other side broke the protocol."""
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -117,32 +112,7 @@ _to_core = msgspec.msgpack.Decoder(ToCore)
 
 def frame(message: ToTier | ToCore) -> bytes:
     """A message, ready to send."""
-    body = msgspec.msgpack.encode(message)
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise WireError(f"a message of {len(body)} bytes is too long to send")
-    return _HEADER.pack(len(body)) + body
-
-
-class Reader:
-    """Puts frames together from what a socket delivers."""
-
-    def __init__(self) -> None:
-        self._held = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes, return the bodies that are complete. Raises WireError for a length out of bounds."""
-        self._held += data
-        bodies = []
-        while len(self._held) >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._held)
-            if length > MAX_MESSAGE_BYTES:
-                raise WireError(f"a message of {length} bytes is announced: at most {MAX_MESSAGE_BYTES} are taken")
-            end = _HEADER.size + length
-            if len(self._held) < end:
-                break
-            bodies.append(bytes(self._held[_HEADER.size : end]))
-            del self._held[:end]
-        return bodies
+    return framed(msgspec.msgpack.encode(message), MAX_MESSAGE_BYTES)
 
 
 def parse_to_tier(body: bytes) -> ToTier:

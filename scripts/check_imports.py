@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("seal",),
     ("region",),
     # keys, geometry: no I/O
-    ("blocks", "locks"),
+    ("blocks", "locks", "framing"),
     ("layout",),
     ("errors", "_native", "__init__"),
 )
