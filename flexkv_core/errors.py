@@ -71,3 +71,7 @@ class PolicyError(FlexKVError, LookupError):
 
 class DirectoryInUseError(FlexKVError, BlockingIOError):
     """A directory that another process has locked; the text names the process."""
+
+
+class ServerRefusedError(FlexKVError, ConnectionRefusedError):
+    """A server that does not take this client or agent; the text says why and what to do."""

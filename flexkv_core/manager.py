@@ -57,12 +57,15 @@ class KVCacheManager:
         verify: bool = True,
         progress: Callable[[int, int], None] | None = None,
         region: HostRegion | None = None,
+        region_label: str = "flexkv",
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Use `open`, unless:
 
         Args:
-            region: host memory of an earlier manager that nothing touches any more; `host_bytes` says how much.
+            region: host memory of an earlier manager that nothing touches any more, of at least the size that the
+                stack asks for; the manager closes it.
+            region_label: the name of new host memory in /proc.
             loop: a running event loop whose thread shall own the manager's state; it must outlive the manager.
         """
         self._stack = stack
@@ -77,6 +80,7 @@ class KVCacheManager:
             prefault=opened.prefault,
             progress=progress,
             threads=opened.threads,
+            label=region_label,
         )
         self._books = opened.books
         self._planner = make_planner(
@@ -121,6 +125,11 @@ class KVCacheManager:
     ) -> None:
         self.close()
 
+    @property
+    def region(self) -> HostRegion:
+        """The host memory."""
+        return self._region
+
     def _add_tier(self, book: TierBook, tier: TierConfig) -> None:
         settings = LinkSettings(
             name=book.name,
@@ -148,13 +157,16 @@ class KVCacheManager:
 
     # ---------------------------------------------------------------- models
 
-    def register(self, model: ModelSpec, device: Device | Sequence[Device] | None = None) -> Namespace:
+    def register(
+        self, model: ModelSpec, device: Device | Sequence[Device] | None = None, *, epoch: bytes | None = None
+    ) -> Namespace:
         """Make a model known: its namespace, its slot classes, and the devices that hold its paged KV.
 
         Args:
             model: groups and block bytes.
             device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
                 the bytes that the model's groups say (`KVGroup.shards`).
+            epoch: go on in this one, which an earlier manager's `reset` began; default: the present one.
 
         Returns the namespace, since a reset that of the epoch that the reset began.
 
@@ -174,17 +186,23 @@ class KVCacheManager:
             devices = device if isinstance(device, Sequence) else [device]
             ranks = Ranks.of([LocalWorker(each, self._region) for each in devices], model)
         with self._lock:
-            namespace = self._epochs.get(namespace.root, namespace)
+            if epoch is None:
+                namespace = self._epochs.get(namespace.root, namespace)
+            else:
+                namespace = dataclasses.replace(namespace, epoch=epoch)
             self._planner.add_model(namespace.root, model.groups)
             if ranks is not None:
                 self._ranks[namespace.root] = ranks
         return namespace
 
-    def reset(self, namespace: Namespace) -> Namespace:
+    def reset(self, namespace: Namespace, *, retire: bool = True) -> Namespace:
         """Move to a fresh epoch: from now on nothing that was cached under the old one is found or loaded.
 
         Deletes nothing: the old epoch's blocks are evicted first. What was stored, fetched or planned under the old one
         and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices.
+
+        Args:
+            retire: False where others go on in the old epoch: they, and what is under way in it, see no change.
 
         Raises UnknownNamespaceError for a namespace that is not registered, or was reset already.
         """
@@ -192,13 +210,15 @@ class KVCacheManager:
         fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
         with self._lock:
             groups = self._planner.groups(namespace.root)
-            self._planner.retire(namespace.root)
+            if retire:
+                self._planner.retire(namespace.root)
             self._planner.add_model(fresh.root, groups)
-            ranks = self._ranks.pop(namespace.root, None)
+            ranks = self._ranks.pop(namespace.root, None) if retire else self._ranks.get(namespace.root)
             if ranks is not None:
                 self._ranks[fresh.root] = ranks
             self._epochs[dataclasses.replace(namespace, epoch=b"").root] = fresh
-        self._scheduler.call(self._fetches.reset, namespace.root)
+        if retire:
+            self._scheduler.call(self._fetches.reset, namespace.root)
         return fresh
 
     # ---------------------------------------------------------------- lookups and fetches

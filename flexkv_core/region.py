@@ -156,6 +156,7 @@ class HostRegion:
         progress: Progress | None = None,
         threads: int | None = None,
         limits: list[MemoryLimit] | None = None,
+        label: str = "flexkv",
     ) -> HostRegion:
         """Make a region.
 
@@ -167,6 +168,7 @@ class HostRegion:
             progress: called as pre-faulting goes on.
             threads: that pre-fault; default: the processors that this process may use, at most 8.
             limits: memory limits to obey; default: what `memory_limits()` finds.
+            label: its name in /proc/PID/maps.
 
         Raises:
             HostMemoryError: it does not fit; nothing has been allocated.
@@ -177,12 +179,12 @@ class HostRegion:
         if huge_pages not in ("off", "try", "require"):
             raise LayoutError(f"huge_pages {huge_pages!r}: use 'off', 'try' or 'require'")
         if huge_pages != "off":
-            region = cls._create_huge(size_bytes, prefault, progress, threads, huge_pages == "require")
+            region = cls._create_huge(size_bytes, prefault, progress, threads, huge_pages == "require", label)
             if region is not None:
                 return region
         size = -(-size_bytes // PAGE) * PAGE
         check_memory(size, memory_limits() if limits is None else limits)
-        region = cls._allocate(size, 0)
+        region = cls._allocate(size, 0, label)
         try:
             if huge_pages == "try" and not _native.advise_huge_pages(region.address, size):
                 _log.info("transparent huge pages are not to be had either")
@@ -195,7 +197,7 @@ class HostRegion:
 
     @classmethod
     def _create_huge(
-        cls, size_bytes: int, prefault: bool, progress: Progress | None, threads: int | None, required: bool
+        cls, size_bytes: int, prefault: bool, progress: Progress | None, threads: int | None, required: bool, label: str
     ) -> HostRegion | None:
         """A region of reserved huge pages, or None if there are too few. They are outside MemAvailable."""
         info = _key_values(Path("/proc/meminfo"))
@@ -204,7 +206,7 @@ class HostRegion:
         try:
             if page == 0 or free < size_bytes:
                 raise HostMemoryError(f"capacity {size_bytes}: {free} bytes of reserved huge pages are free")
-            region = cls._allocate(-(-size_bytes // page) * page, os.MFD_HUGETLB)
+            region = cls._allocate(-(-size_bytes // page) * page, os.MFD_HUGETLB, label)
             try:
                 if prefault:
                     region._prefault(progress, threads)
@@ -219,9 +221,9 @@ class HostRegion:
         return region
 
     @classmethod
-    def _allocate(cls, size: int, flags: int) -> HostRegion:
+    def _allocate(cls, size: int, flags: int, label: str) -> HostRegion:
         try:
-            fd = os.memfd_create("flexkv", flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = os.memfd_create(label, flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise HostMemoryError(f"capacity {size}: no shared memory is to be had: {error}") from error
         try:
@@ -287,6 +289,11 @@ class HostRegion:
     def size(self) -> int:
         """Bytes mapped: what was asked for, rounded up to pages."""
         return self._size
+
+    @property
+    def inode(self) -> int:
+        """The memfd's inode: the same in every process that maps this region."""
+        return os.fstat(self.fd).st_ino
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:

@@ -28,6 +28,10 @@ class Device(Protocol):
     Both raise `LayoutError` for arguments that would touch anything else, before any byte has been copied.
     """
 
+    def attach(self, host: Any) -> None:
+        """Make ready for a host region (a buffer), once for each that this process maps: pin it, where the device wants
+        pinned memory. Its mapping stays until the next call."""
+
     def fragments(self, group: int) -> Fragments:
         """Return where the blocks of a KV group lie on this device."""
 

@@ -61,6 +61,9 @@ class CpuDevice:
             except LayoutError as error:
                 raise LayoutError(f"group {group}, {error}") from error
 
+    def attach(self, host: Any) -> None:
+        """Nothing to do: all of this process's memory will do."""
+
     def fragments(self, group: int) -> Fragments:
         """Return where the blocks of a KV group lie; LayoutError for a group that this device has nothing of."""
         if not 0 <= group < len(self._fragments):
