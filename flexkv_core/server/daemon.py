@@ -156,6 +156,8 @@ class Server:
             ended.wait(STOP_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_S)
+            if not self._thread.is_alive():
+                self._loop.close()
         if self._listening is not None:
             self._listening.close()
             with contextlib.suppress(FileNotFoundError):
@@ -191,7 +193,8 @@ class Server:
             timer.cancel()
 
     def _refuse(self, connection: Connection, kind: str, reason: str) -> None:
-        logger.warning("a connection is refused: %s", reason)
+        level = logging.DEBUG if kind == "protocol" else logging.WARNING  # whoever sends rubbish fills no log
+        logger.log(level, "a connection is refused: %s", reason)
         connection.send(m.Refused(kind, reason))
         connection.end()
 
