@@ -2,7 +2,7 @@
 
 Owns a client's fetches, transfers and namespaces, which end with it. Each request is answered exactly once, whatever
 happens. A client whose socket closed may still have its engine running: what it holds is released when its process is
-gone (by pidfd), when it said goodbye, or when the same process came back. Does not own agents (`agent_session.py`).
+gone (by pidfd), when it said goodbye, or when the same process came back; it is over at once if it holds nothing. Does not own agents (`agent_session.py`).
 """
 
 from __future__ import annotations
@@ -148,8 +148,12 @@ class ClientSession:
     def _on_closed(self, connection: Connection, reason: str) -> None:
         if not self.over:
             logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
-            if self.hello.role == "observer":
-                self.end(reason)
+            self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        """A client that is away, and holds nothing, is forgotten."""
+        if not (self.connected or self._fetches or self._transfers):
+            self.end("it is away and holds nothing")
 
     def end(self, reason: str) -> None:
         """Release all that it holds. Safe to call twice."""
@@ -276,8 +280,11 @@ class ClientSession:
             if self._fetches.get(number) is not fetch:
                 return
             self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why))
-            if fetch.released and fetch.done:
+            if fetch.done and not fetch.ready:
+                fetch.release()  # there is nothing to load: it holds nothing
+            if fetch.done and (fetch.released or not fetch.ready):
                 del self._fetches[number]
+                self._end_if_idle()
 
         fetch.watch(lambda fetch: self._shell.on_owner(lambda: tell(fetch)))
 
@@ -328,6 +335,7 @@ class ClientSession:
             self._shell.observe(what, time.perf_counter() - started)
             if self._transfers.pop(number, None) is not None:
                 self._send(m.Moved(number, transfer.blocks, transfer.error))
+                self._end_if_idle()
 
         transfer.then(lambda transfer: self._shell.on_owner(lambda: tell(transfer)))
 
