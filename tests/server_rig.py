@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -185,6 +186,8 @@ def until(true: Callable[[], Any]) -> None:
 
 MAIN = """
 import json, logging, os, sys
+import flexkv_core.server.daemon as daemon
+exec(sys.argv[3])
 from pathlib import Path
 from flexkv_core.config import load_config
 from flexkv_core.server.daemon import run
@@ -196,8 +199,9 @@ sys.exit(run(load_config(json.loads(sys.argv[2]), {}), Path(sys.argv[1]), linger
 class ServerProcess:
     """A server in a process of its own, that can be killed and started again."""
 
-    def __init__(self, path: Path, stack: Mapping[str, Any] = CPU_ONLY) -> None:
+    def __init__(self, path: Path, stack: Mapping[str, Any] = CPU_ONLY, prelude: str = "") -> None:
         self.path = path
+        self.prelude = prelude  # Python, run first
         self._stack = json.dumps(stack)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -208,7 +212,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """Returns when it serves."""
-        self.process = subprocess.Popen([sys.executable, "-c", MAIN, os.fspath(self.path), self._stack])
+        self.process = subprocess.Popen([sys.executable, "-c", MAIN, os.fspath(self.path), self._stack, self.prelude])
         until(self._ready)
 
     def _ready(self) -> bool:
@@ -239,3 +243,76 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         if self.process is not None and self.process.poll() is None:
             self.stop()
+
+
+WORKER = """
+import logging, signal, sys
+import numpy as np
+from flexkv_core.device.cpu import CpuDevice
+from flexkv_core.server.agent import DeviceAgent
+logging.basicConfig(level="ERROR")
+path, engine, rank, ranks, tensor, pages, size, prelude = sys.argv[1:]
+tensor = np.memmap(tensor, np.uint8, "r+", shape=(int(pages), int(size)))
+device = CpuDevice([[tensor]], threads=1)
+exec(prelude)
+agent = DeviceAgent(path, engine=engine, device=device, rank=int(rank), ranks=int(ranks))
+signal.sigwait([signal.SIGTERM])
+agent.close()
+"""
+
+
+class WorkerProcess:
+    """An engine's worker in a process of its own; its device's memory is a file that the test sees.
+
+    Attributes:
+        tensor: (pages, size) uint8.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        path: Path,
+        *,
+        engine: str = "e",
+        rank: int = 0,
+        ranks: int = 1,
+        pages: int = PAGES,
+        size: int = BLOCK_BYTES,
+        prelude: str = "",
+    ) -> None:
+        file = folder / f"device-{engine}-{rank}"
+        if not file.exists():
+            file.write_bytes(bytes(pages * size))
+        self.tensor = np.memmap(file, np.uint8, "r+", shape=(pages, size))
+        arguments = [path, engine, rank, ranks, file, pages, size, prelude]
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER, *map(str, arguments)])
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(PATIENCE_S)
+
+
+def figures_of(wire: Wire) -> dict[str, Any]:
+    """What the server says of itself; for a connection with nothing else under way."""
+    answer = wire.ask(m.Stats(1 << 40))
+    assert isinstance(answer, m.Figures), answer
+    figures: dict[str, Any] = json.loads(answer.figures)
+    return figures
+
+
+def agents_of(wire: Wire) -> dict[int, int]:
+    """Connected agents: rank -> pid."""
+    return {agent["rank"]: agent["pid"] for agent in figures_of(wire)["server"]["agents"] if agent["connected"]}

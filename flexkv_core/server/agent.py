@@ -123,14 +123,14 @@ class DeviceAgent:
         while not self._closing:
             try:
                 connection = self._connect()
-            except (OSError, WireError) as error:
-                logger.debug("rank %d cannot reach the server: %s", self._rank, error)
             except ServerRefusedError as error:
                 if self._refused is None:
                     logger.error("rank %d: %s", self._rank, error)
                 with self._changed:
                     self._refused = error
                     self._changed.notify_all()
+            except (OSError, WireError) as error:
+                logger.debug("rank %d cannot reach the server: %s", self._rank, error)
             else:
                 wait_s = BACKOFF_S
                 self._serve(*connection)

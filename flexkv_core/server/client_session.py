@@ -2,7 +2,8 @@
 
 Owns a client's fetches, transfers and namespaces, which end with it. Each request is answered exactly once, whatever
 happens. A client whose socket closed may still have its engine running: what it holds is released when its process is
-gone (by pidfd), when it said goodbye, or when the same process came back; it is over at once if it holds nothing. Does not own agents (`agent_session.py`).
+gone (by pidfd), when it said goodbye, or when the same process came back; it is over at once if it holds nothing.
+Does not own agents (`agent_session.py`).
 """
 
 from __future__ import annotations

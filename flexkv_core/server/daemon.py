@@ -32,7 +32,7 @@ from flexkv_core.server.agent_session import AgentSession, Engine
 from flexkv_core.server.client_session import ClientSession
 from flexkv_core.server.connection import Connection
 from flexkv_core.server.peers import Peer
-from flexkv_core.server.reattach import take_over
+from flexkv_core.server.reattach import label_of, take_over
 
 logger = logging.getLogger("flexkv.server")
 
@@ -64,7 +64,7 @@ class Server:
         self._path = path
         self._linger_s = linger_s
         self._digest = stack_digest(config)
-        self._label = "flexkv-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+        self._label = label_of(path)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="flexkv-owner", daemon=True)
         self._listening: socket.socket | None = None

@@ -10,6 +10,7 @@ Owns the search in /proc and the waiting. Does not own the region (`flexkv_core/
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -23,6 +24,11 @@ logger = logging.getLogger("flexkv.server")
 
 STEP_S = 0.01
 """Between two looks at /proc, while waiting at start-up only."""
+
+
+def label_of(path: Path) -> str:
+    """What the host region of the server at this socket is called in /proc."""
+    return "flexkv-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
 
 
 def holders(label: str, proc: Path = Path("/proc")) -> dict[int, set[int]]:
