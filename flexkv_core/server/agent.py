@@ -244,6 +244,8 @@ class DeviceAgent:
         except Exception as caught:
             logger.exception("rank %d could not copy", self._rank)
             error = str(caught) or type(caught).__name__
+        with self._changed:
+            self.copies += 1
         if self._on_copied is not None:
             try:
                 self._on_copied(job.tag, job.direction, error)
@@ -257,7 +259,6 @@ class DeviceAgent:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         with self._changed:
-            self.copies += 1
             self._running -= 1
             self._changed.notify_all()
 
