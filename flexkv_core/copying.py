@@ -290,7 +290,7 @@ class Copies:
             failure = spelled(caught)
         # First, because the blocks are committed: that they also sink is nobody's wait.
         self._end(transfer, 0 if failure else len(plan.positions), failure)
-        self._scheduler.submit_writes(writes)
+        self._scheduler.writing.submit(writes)
 
 
 # ---------------------------------------------------------------- what callers pass and get

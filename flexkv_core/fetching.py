@@ -38,7 +38,7 @@ class Fetches:
         self._waiting: set[Fetch] = set()
         self._pinned: set[Fetch] = set()
         self.expired = 0
-        scheduler.on_read = self._refresh
+        scheduler.reading.on_read = self._refresh
 
     @property
     def waiting(self) -> int:
@@ -79,7 +79,7 @@ class Fetches:
         ]
         self._update(fetch)
         if not fetch.done:
-            self._scheduler.submit_reads(fetch.plan, urgent=fetch.keep)
+            self._scheduler.reading.submit(fetch.plan, urgent=fetch.keep)
 
     def _refresh(self, move: Move) -> None:
         """A read has been settled: some fetches may have more in hand."""
@@ -108,7 +108,7 @@ class Fetches:
         fetch.timers[0].cancel()
         fetch.settle()
         if waited:  # else a tier that is slow or hangs would book host memory for reads that nobody wants any more
-            self._scheduler.withdraw_reads()
+            self._scheduler.reading.withdraw()
         if not fetch.keep:
             self.release(fetch, "released")
 

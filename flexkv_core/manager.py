@@ -30,10 +30,11 @@ from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
 from flexkv_core.plans import HOST
 from flexkv_core.region import HostRegion
-from flexkv_core.scheduler import Link, Scheduler
+from flexkv_core.scheduler import Scheduler
 from flexkv_core.tier_book import TierBook
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import LinkSettings, TierLink
+from flexkv_core.tier_queue import Link
 
 logger = logging.getLogger("flexkv.manager")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core.backend import PAGE, Batch
 from flexkv_core.index import Keys, Slots
 from flexkv_core.layout import Coverage
 
@@ -67,6 +68,12 @@ class Move:
     @property
     def nbytes(self) -> int:
         return int(self.slot_bytes.sum())
+
+    def batch(self, order: slice = slice(None)) -> Batch:
+        """This move as a backend sees it, its blocks in that order."""
+        slots = None if self.tier_slots is None else self.tier_slots[order]
+        offsets = self.host_slots[order] * PAGE
+        return Batch(self.block_keys[order], self.groups[order], offsets, self.slot_bytes[order], slots)
 
     def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Move:
         """The chosen blocks of this move."""

@@ -27,6 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
+    ("reading",),
+    ("writing",),
+    ("tier_queue",),
     ("tier_health",),
     ("planner", "tier_inline", "tier_process"),
     ("tier_link", "write_through", "recovery"),
