@@ -62,9 +62,9 @@ class Copies:
         self.pending_stores = 0
         self.refused_stores = 0
 
-    def _open(self, tag: str) -> Transfer:
+    def _open(self, tag: str, owner: int = 0) -> Transfer:
         """A new transfer. Any thread."""
-        transfer = Transfer(tag)
+        transfer = Transfer(tag, owner)
         self._transfers.add(transfer)
         return transfer
 
@@ -176,13 +176,15 @@ class Copies:
 
     # ---------------------------------------------------------------- store
 
-    def store(self, root: bytes, keys: Keys, table: npt.NDArray[np.int64], ranks: Ranks, tag: str) -> Transfer:
+    def store(
+        self, root: bytes, keys: Keys, table: npt.NDArray[np.int64], ranks: Ranks, tag: str, owner: int
+    ) -> Transfer:
         """Copy device blocks to host memory and commit them. Any thread; see `KVCacheManager.store`.
 
         Args:
             table: (groups, n) int64: device blocks, -1 where there is none.
         """
-        transfer = self._open(tag)
+        transfer = self._open(tag, owner)
         self._scheduler.call(self._begin_store, transfer, root, keys, table, ranks)
         return transfer
 
@@ -260,7 +262,9 @@ class Copies:
             failure = spelled(caught)
         # First, because the blocks are committed: that they also sink is nobody's wait.
         self._end(transfer, 0 if failure else len(plan.positions), failure)
-        self._scheduler.submit_writes(writes)
+        for move in writes:
+            move.owner = transfer.owner
+        self._scheduler.writing.submit(writes)
 
 
 # ---------------------------------------------------------------- what callers pass and get

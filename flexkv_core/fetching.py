@@ -38,7 +38,7 @@ class Fetches:
         self._waiting: set[Fetch] = set()
         self._pinned: set[Fetch] = set()
         self.expired = 0
-        scheduler.on_read = self._refresh
+        scheduler.reading.on_read = self._refresh
 
     @property
     def waiting(self) -> int:
@@ -50,14 +50,14 @@ class Fetches:
         """How many are not released. Any thread."""
         return len(self._pinned)
 
-    def start(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool) -> Fetch:
-        """Begin a fetch; `keep`: somebody waits for it and will release it. Any thread."""
+    def start(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int) -> Fetch:
+        """Begin a fetch; `keep`: somebody waits for it and will release it; `owner`: see `Move`. Any thread."""
         fetch = Fetch(lambda fetch: self._scheduler.call(self.release, fetch, "released"), keep=keep)
         self._waiting.add(fetch)
-        self._scheduler.call(self._begin, fetch, root, keys, deadline_s)
+        self._scheduler.call(self._begin, fetch, root, keys, deadline_s, owner)
         return fetch
 
-    def _begin(self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float) -> None:
+    def _begin(self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float, owner: int) -> None:
         try:
             with self._lock:
                 fetch.plan = self._planner.begin_fetch(root, keys)
@@ -71,6 +71,8 @@ class Fetches:
             fetch.settle()
             return
         fetch.plan.counted = fetch.keep
+        for move in fetch.plan.reads:
+            move.owner = owner
         self._pinned.add(fetch)
         loop = self._scheduler.loop
         fetch.timers = [
@@ -79,7 +81,7 @@ class Fetches:
         ]
         self._update(fetch)
         if not fetch.done:
-            self._scheduler.submit_reads(fetch.plan, urgent=fetch.keep)
+            self._scheduler.reading.submit(fetch.plan, urgent=fetch.keep)
 
     def _refresh(self, move: Move) -> None:
         """A read has been settled: some fetches may have more in hand."""
@@ -111,7 +113,7 @@ class Fetches:
         fetch.timers[0].cancel()
         fetch.settle()
         if waited:  # else a tier that is slow or hangs would book host memory for reads that nobody wants any more
-            self._scheduler.withdraw_reads()
+            self._scheduler.reading.withdraw()
         if not fetch.keep:
             self.release(fetch, "released")
 

@@ -102,12 +102,14 @@ class Transfer:
         error: why it failed ("cancelled", say), or None.
         cancelled: `KVCacheManager.cancel` was called for it before it ended.
         tag: the caller's name for it, which workers in other processes are told too.
+        owner: whose it is, see `flexkv_core.plans.Move`.
     """
 
-    __slots__ = ("_event", "_settling", "_then", "blocks", "cancelled", "done", "error", "tag")
+    __slots__ = ("_event", "_settling", "_then", "blocks", "cancelled", "done", "error", "owner", "tag")
 
-    def __init__(self, tag: str = "") -> None:
+    def __init__(self, tag: str = "", owner: int = 0) -> None:
         self.tag = tag
+        self.owner = owner
         self._then: Callable[[Transfer], None] | None = None
         self.done = False
         self.blocks = 0

@@ -32,10 +32,11 @@ from flexkv_core.layout import ModelSpec
 from flexkv_core.plans import HOST
 from flexkv_core.ranks import LocalWorker, Ranks
 from flexkv_core.region import HostRegion
-from flexkv_core.scheduler import Link, Scheduler
+from flexkv_core.scheduler import Scheduler
 from flexkv_core.tier_book import TierBook
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import LinkSettings, TierLink
+from flexkv_core.tier_queue import Link
 
 logger = logging.getLogger("flexkv.manager")
 
@@ -236,24 +237,30 @@ class KVCacheManager:
             pending = any(queue.link.state == "starting" for queue in self._scheduler.queues().values())
         return Lookup(blocks, host_blocks, pending and blocks < len(keys))
 
-    def fetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
+    def fetch(
+        self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
+    ) -> Fetch:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
         Returns at once. At the deadline, seconds from now (less than 0 counts as 0), the fetch is done with what is
         ready; reads under way are kept for others, those that have not begun are not made. A prefix longer than host
         memory can hold beside other pins, or than the stack's `pin_budget` leaves, is truncated. A fetch that is not
         released within `pin_limit_s` loses its pins, and can no longer be loaded.
+
+        `owner`: a number for whoever asks, where several share this manager: reads and writes of owners take turns.
         """
         self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True)
+        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True, owner=owner)
 
-    def prefetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
+    def prefetch(
+        self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
+    ) -> Fetch:
         """A fetch that nobody waits for: it gives way to others and pins nothing once it is done.
 
         The handle may be dropped, or cancelled.
         """
         self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=False)
+        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=False, owner=owner)
 
     # ---------------------------------------------------------------- copies
 
@@ -292,6 +299,7 @@ class KVCacheManager:
         *,
         ranks: Ranks | None = None,
         tag: str = "",
+        owner: int = 0,
     ) -> Transfer:
         """Copy device blocks to host memory, commit them, and let them sink to the lower tiers behind the call.
 
@@ -299,7 +307,7 @@ class KVCacheManager:
             keys: (n, 32) uint8, from the namespace's first block on.
             device_blocks: (n,) int64, -1 where the caller offers none; with several KV groups one array a group.
                 Blocks that host memory holds already are not copied again.
-            ranks, tag: as for `load`.
+            ranks, tag: as for `load`. owner: as for `fetch`.
 
         The transfer is done when the blocks are committed in host memory. The device blocks must not change
         before that. With several ranks a block is committed when all have copied; if one fails, none is.
@@ -313,7 +321,7 @@ class KVCacheManager:
         for group, blocks in enumerate(by_group(device_blocks, len(groups), len(keys), "device_blocks")):
             check_blocks(ranks, group, blocks)
             table[group, : len(blocks)] = blocks
-        return self._copies.store(namespace.root, keys, table, ranks, tag)
+        return self._copies.store(namespace.root, keys, table, ranks, tag, owner)
 
     def cancel(self, transfer: Transfer | Fetch) -> None:
         """Give up a fetch or a transfer, at any point. It will be done soon; if it is done, nothing happens.

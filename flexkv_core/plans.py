@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core.backend import PAGE, Batch
 from flexkv_core.index import Keys, Slots
 from flexkv_core.layout import Coverage
 
@@ -42,6 +43,7 @@ class Move:
         payload_bytes, slot_bytes: (m,) int64, without and with padding and seal.
         epoch: of the namespace's registration; after a reset the move commits nothing.
         generation: of the tier when the move was planned; a tier that lost its medium since has a newer one.
+        owner: whose move it is, where several share a manager: owners take turns. 0: whoever calls in process.
     """
 
     root: bytes
@@ -55,6 +57,7 @@ class Move:
     slot_bytes: npt.NDArray[np.int64]
     epoch: int
     generation: int = 0
+    owner: int = 0
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -67,6 +70,12 @@ class Move:
     @property
     def nbytes(self) -> int:
         return int(self.slot_bytes.sum())
+
+    def batch(self, order: slice = slice(None)) -> Batch:
+        """This move as a backend sees it, its blocks in that order."""
+        slots = None if self.tier_slots is None else self.tier_slots[order]
+        offsets = self.host_slots[order] * PAGE
+        return Batch(self.block_keys[order], self.groups[order], offsets, self.slot_bytes[order], slots)
 
     def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Move:
         """The chosen blocks of this move."""
@@ -82,6 +91,7 @@ class Move:
             self.slot_bytes[chosen],
             self.epoch,
             self.generation,
+            self.owner,
         )
 
 

@@ -42,14 +42,15 @@ class Turns:
             return line[0]
         raise IndexError("no moves are queued")
 
-    def take(self, rest: Callable[[Move], Move | None] = lambda move: None) -> Move:
-        """Take the move whose turn it is; `rest(move)` says what of it stays at the head of its owner's line."""
+    def take(self, blocks: int) -> Move:
+        """Take at most so many blocks of the move whose turn it is; what is left stays at the head of its owner's line.
+        Raises IndexError where there is none."""
         move = self.head()
         line = self._lines.pop(move.owner)
         line.popleft()
-        left = rest(move)
-        if left is not None:
-            line.appendleft(left)
+        if len(move) > blocks:
+            line.appendleft(move.part(slice(blocks, None)))
+            move = move.part(slice(0, blocks))
         if line:
             self._lines[move.owner] = line  # its next turn is after everyone else's
         return move

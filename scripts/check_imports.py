@@ -27,10 +27,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("books", "handles"),
     # what moves where; when; isolation
     ("scheduler",),
+    ("reading",),
+    ("writing",),
+    ("tier_queue",),
     ("tier_health",),
     ("planner", "tier_inline", "tier_process"),
     ("tier_link", "write_through", "recovery"),
     ("tier_worker", "ledger"),
+    ("turns",),
     ("tier_wire", "plans", "tier_book", "pins"),
     # what is where
     ("presence",),

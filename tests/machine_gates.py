@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core import backend as fk
-from flexkv_core import copying, scheduler
+from flexkv_core import copying, reading
 from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.tier_inline import InlineLink
 
@@ -270,7 +270,7 @@ class GatedDevice(CpuDevice):
         copy(host, offsets, blocks, group)
 
 
-_verify_blocks, _seal_blocks = scheduler.verify_blocks, copying.seal_blocks
+_verify_blocks, _seal_blocks = reading.verify_blocks, copying.seal_blocks
 
 
 def gated_verify(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any, **options: Any) -> Any:

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from machine_gates import BACKENDS, PLUGINS, Current, KillableLink, gated_seal, gated_verify
 from machine_steps import PROCESS_TRANSITIONS, TRANSITIONS, WEIGHTS, World
 
-from flexkv_core import books, copying, manager, scheduler
+from flexkv_core import books, copying, manager, reading
 
 SOAK = bool(os.environ.get("FLEXKV_SOAK"))
 STEPS = int(os.environ.get("FLEXKV_STEPS", "1000000" if SOAK else "24000"))
@@ -46,7 +46,7 @@ def _machinery(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> None
     """Gates in the manager, small extents, and nothing told of failures on purpose."""
     for name, (made, addressing) in BACKENDS.items():
         install_plugin(name, PLUGINS.format(name=name, made=made, addressing=addressing))
-    monkeypatch.setattr(scheduler, "verify_blocks", gated_verify)
+    monkeypatch.setattr(reading, "verify_blocks", gated_verify)
     monkeypatch.setattr(copying, "seal_blocks", gated_seal)
     monkeypatch.setattr(manager, "InlineLink", KillableLink)
     monkeypatch.setattr(books, "SMALLEST_EXTENT_BYTES", 32 << 10)

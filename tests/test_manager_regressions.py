@@ -15,7 +15,7 @@ from machine_gates import BACKENDS, PLUGINS, Current, GatedDevice, Gates, Kept, 
 from machine_world import SLOT
 
 from flexkv_core import manager as manager_module
-from flexkv_core import scheduler, tier_inline
+from flexkv_core import reading, tier_inline
 from flexkv_core.blocks import block_keys
 from flexkv_core.layout import KVGroup, ModelSpec
 from flexkv_core.manager import KVCacheManager
@@ -28,7 +28,7 @@ PATIENCE_S = 30.0
 def gates(install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gates]:
     for name, (made, addressing) in BACKENDS.items():
         install_plugin(name, PLUGINS.format(name=name, made=made, addressing=addressing))
-    monkeypatch.setattr(scheduler, "verify_blocks", gated_verify)
+    monkeypatch.setattr(reading, "verify_blocks", gated_verify)
     monkeypatch.setattr(manager_module, "InlineLink", KillableLink)
     Current.gates = Gates()
     yield Current.gates

@@ -87,6 +87,7 @@ class ClientSession:
     """See the module's docstring. On the owner's thread.
 
     Args:
+        number: of this client, the owner of its reads and writes.
         on_over: called once, when the client is gone and holds nothing any more.
     """
 
@@ -98,8 +99,10 @@ class ClientSession:
         peer: Peer,
         hello: m.Hello,
         loop: asyncio.AbstractEventLoop,
+        number: int,
         on_over: Callable[[ClientSession], None],
     ) -> None:
+        self.number = number
         self.hello = hello
         self.peer = peer
         self.over = False
@@ -269,7 +272,7 @@ class ClientSession:
         namespace, _ = self._known(message.root)
         started = time.perf_counter()
         begin = manager.fetch if message.keep else manager.prefetch
-        fetch = begin(namespace, m.keys_of(message.keys), message.deadline_s)
+        fetch = begin(namespace, m.keys_of(message.keys), message.deadline_s, owner=self.number)
         self._fetches[number] = fetch
         told_done = False
 
@@ -320,7 +323,9 @@ class ClientSession:
         self._move(
             message.id,
             "store",
-            lambda: manager.store(namespace, keys, self._blocks(message.blocks), ranks=ranks, tag=message.tag),
+            lambda: manager.store(
+                namespace, keys, self._blocks(message.blocks), ranks=ranks, tag=message.tag, owner=self.number
+            ),
         )
 
     def _move(self, number: int, what: str, begin: Callable[[], handles.Transfer]) -> None:

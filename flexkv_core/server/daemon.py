@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -76,6 +77,7 @@ class Server:
         self._linger: asyncio.TimerHandle | None = None
         self._stop = threading.Event()
         self._drains = 0
+        self._numbers = itertools.count(1)
         self.stopping = False
         self.manager: KVCacheManager | None = None
 
@@ -235,7 +237,14 @@ class Server:
         else:
             self._forget(connection)
             self._clients[hello.session] = ClientSession(
-                self, engine, connection, peer, hello, self._loop, lambda client: self._client_over(engine, client)
+                self,
+                engine,
+                connection,
+                peer,
+                hello,
+                self._loop,
+                next(self._numbers),
+                lambda client: self._client_over(engine, client),
             )
             connection.send(self._welcome())
         self._rearm()

@@ -18,22 +18,23 @@ class Mutant(NamedTuple):
 
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
+TURNS = "test_manager_turns.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
 MUTANTS = [
-    # ------------------------------------------------ scheduler
+    # ------------------------------------------------ scheduler, reading, writing
     Mutant(
         "writes_pass_reads",
-        "scheduler.py",
-        '            if not line and queue.link.state == "ready" and not queue.listings:\n',
-        '            if queue.writes and queue.link.state == "ready" and not queue.listings:\n',
+        "tier_queue.py",
+        '        if not line and self.link.state == "ready" and not self.listings:\n',
+        '        if self.writes and self.link.state == "ready" and not self.listings:\n',
         "reads pass queued writes",
         PINS,
     ),
     Mutant(
         "prefetch_is_urgent",
-        "scheduler.py",
+        "reading.py",
         "(queue.reads if urgent else queue.prefetches).append(move)",
         "queue.reads.append(move)",
         "a prefetch gives way to fetches",
@@ -41,39 +42,39 @@ MUTANTS = [
     ),
     Mutant(
         "prefetch_not_promoted",
-        "scheduler.py",
-        "(queue.reads if wanted else queue.prefetches).append(move)",
-        "queue.prefetches.append(move)",
+        "reading.py",
+        "        queue.reads.append(move)\n        return None\n",
+        "        return move\n",
         "a prefetch that a fetch waits for passes others",
         CANCEL,
     ),
     Mutant(
         "promotion_looks_at_other_models",
-        "scheduler.py",
-        "wanted = move.root == fetch.root and self._planner.awaits(fetch, move).any()",
-        "wanted = self._planner.awaits(fetch, move).any()",
+        "reading.py",
+        "if move.root != fetch.root or not self._planner.awaits(fetch, move).any():",
+        "if not self._planner.awaits(fetch, move).any():",
         "a fetch beside a prefetch of a model with more groups",
         CANCEL,
     ),
     Mutant(
         "withdrawn_read_leaks",
-        "scheduler.py",
-        "                self._planner.drop_read(move.part(unwanted))\n",
-        "                pass\n",
+        "reading.py",
+        "        self._planner.drop_read(move.part(unwanted))\n",
+        "        pass\n",
         "slots of a withdrawn read are free again",
         CANCEL,
     ),
     Mutant(
         "in_flight_unbounded",
-        "scheduler.py",
-        "room = queue.most_in_flight - queue.in_flight_bytes",
+        "tier_queue.py",
+        "room = self.most_in_flight - self.in_flight_bytes",
         "room = 1 << 60",
         "bytes in flight are bounded",
         PINS,
     ),
     Mutant(
         "write_queue_unbounded",
-        "scheduler.py",
+        "writing.py",
         "fits = np.cumsum(move.slot_bytes) <= room",
         "fits = np.cumsum(move.slot_bytes) >= 0",
         "the write queue is bounded",
@@ -81,7 +82,7 @@ MUTANTS = [
     ),
     Mutant(
         "other_groups_go_on",
-        "scheduler.py",
+        "writing.py",
         "                cut[move.tier] = int(dropped.positions[0])\n",
         "",
         "what continues a dropped block is dropped in all groups",
@@ -89,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "descendants_written",
-        "scheduler.py",
+        "writing.py",
         "                self._drop_descendants(queue, write.part(~written))\n",
         "                pass\n",
         "descendants of a failed write are dropped",
@@ -97,7 +98,7 @@ MUTANTS = [
     ),
     Mutant(
         "seals_unchecked",
-        "scheduler.py",
+        "reading.py",
         "if self._verify and (statuses == Status.OK).any():",
         "if not self._verify and (statuses == Status.OK).any():",
         "what comes back is verified",
@@ -105,7 +106,7 @@ MUTANTS = [
     ),
     Mutant(
         "other_namespace_served",
-        "scheduler.py",
+        "reading.py",
         "            root=part.root,\n",
         "",
         "blocks of another epoch are not served",
@@ -309,7 +310,7 @@ MUTANTS = [
     Mutant(
         "cancelled_reads_sent",
         "fetching.py",
-        "            self._scheduler.withdraw_reads()\n",
+        "            self._scheduler.reading.withdraw()\n",
         "            pass\n",
         "what only a cancelled fetch waits for is not read",
         CANCEL,
@@ -361,6 +362,23 @@ MUTANTS = [
         "        elif transfer.cancelled is None:\n",
         "a cancelled store commits nothing",
         CANCEL,
+    ),
+    # ------------------------------------------------ turns
+    Mutant(
+        "no_turns",
+        "turns.py",
+        "            self._lines[move.owner] = line  # its next turn is after everyone else's\n",
+        "            self._lines = {move.owner: line, **self._lines}\n",
+        "owners take turns",
+        TURNS,
+    ),
+    Mutant(
+        "one_takes_the_whole_queue",
+        "tier_queue.py",
+        "self.write_limit // owners - self.writes_of.get(owner, 0)",
+        "self.write_limit",
+        "an owner who stores much leaves room for others",
+        TURNS,
     ),
     # ------------------------------------------------ pins, pool, manager
     Mutant(
