@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core.arguments import DeviceBlocks, by_group
 from flexkv_core.backend import PAGE
-from flexkv_core.errors import KeyInputError, KeyTypeError, UnknownNamespaceError
+from flexkv_core.errors import KeyInputError, UnknownNamespaceError
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Transfer
 from flexkv_core.index import Keys
@@ -37,8 +38,6 @@ SEAL_THREADS = 4
 MAX_PENDING_STORES = 1024
 """Stores whose copy has not ended; more are refused, so that a caller who never waits stays bounded."""
 WAS_RESET = "the namespace was reset"
-
-DeviceBlocks = npt.NDArray[np.int64] | Sequence[npt.NDArray[np.int64]]
 
 
 class Copies:
@@ -281,16 +280,3 @@ def check_blocks(ranks: Ranks, group: int, blocks: npt.NDArray[np.int64]) -> Non
     if len(blocks) and (blocks.max() >= pages or blocks.min() < -1):
         worst = int(blocks.max()) if blocks.max() >= pages else int(blocks.min())
         raise KeyInputError(f"device block {worst} of group {group}: the device has blocks 0 to {pages - 1}")
-
-
-def by_group(blocks: DeviceBlocks, groups: int, limit: int, name: str) -> Sequence[npt.NDArray[np.int64]]:
-    """Return one int64 array a group, each at most `limit` long. Raises KeyInputError or KeyTypeError."""
-    listed = [blocks] if isinstance(blocks, np.ndarray) else list(blocks)
-    if len(listed) != groups:
-        raise KeyInputError(f"{name} has arrays for {len(listed)} KV groups: this model has {groups}")
-    for array in listed:
-        if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.ndim != 1:
-            raise KeyTypeError(f"{name} must be one-dimensional int64 arrays")
-        if len(array) > limit:
-            raise KeyInputError(f"{name} names {len(array)} blocks: at most {limit} can be given here")
-    return listed

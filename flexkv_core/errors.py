@@ -75,3 +75,7 @@ class DirectoryInUseError(FlexKVError, BlockingIOError):
 
 class ServerRefusedError(FlexKVError, ConnectionRefusedError):
     """A server that does not take this client or agent; the text says why and what to do."""
+
+
+class ServerAwayError(FlexKVError, ConnectionError):
+    """No server answers, where a call cannot be a miss instead."""

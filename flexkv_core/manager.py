@@ -19,12 +19,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from flexkv_core.arguments import DeviceBlocks, by_group, checked_keys, seconds
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books
 from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
-from flexkv_core.copying import Copies, DeviceBlocks, by_group, check_blocks
+from flexkv_core.copying import Copies, check_blocks
 from flexkv_core.device import Device
-from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
+from flexkv_core.errors import LayoutError, ManagerClosedError, StateError
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
@@ -231,7 +232,7 @@ class KVCacheManager:
             keys: (n, 32) uint8, from the namespace's first block on, as `block_keys` makes them.
         """
         self._check_open()
-        keys = _checked_keys(keys)
+        keys = checked_keys(keys)
         with self._lock:
             blocks, host_blocks = self._planner.lookup(namespace.root, keys)
             pending = any(queue.link.state == "starting" for queue in self._scheduler.queues().values())
@@ -250,7 +251,7 @@ class KVCacheManager:
         `owner`: a number for whoever asks, where several share this manager: reads and writes of owners take turns.
         """
         self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True, owner=owner)
+        return self._fetches.start(namespace.root, checked_keys(keys), seconds(deadline_s), keep=True, owner=owner)
 
     def prefetch(
         self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
@@ -260,7 +261,7 @@ class KVCacheManager:
         The handle may be dropped, or cancelled.
         """
         self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=False, owner=owner)
+        return self._fetches.start(namespace.root, checked_keys(keys), seconds(deadline_s), keep=False, owner=owner)
 
     # ---------------------------------------------------------------- copies
 
@@ -313,7 +314,7 @@ class KVCacheManager:
         before that. With several ranks a block is committed when all have copied; if one fails, none is.
         """
         self._check_open()
-        keys = _checked_keys(keys)
+        keys = checked_keys(keys)
         ranks = ranks or self._ranks_of(namespace.root)
         with self._lock:
             groups = self._planner.groups(namespace.root)
@@ -419,16 +420,3 @@ class KVCacheManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this manager was closed: open another one")
-
-
-def _checked_keys(keys: Keys) -> Keys:
-    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint8:
-        kind = f"{keys.dtype} array" if isinstance(keys, np.ndarray) else type(keys).__name__
-        raise KeyTypeError(f"keys is a {kind}: pass the (n, 32) uint8 array that block_keys() returns")
-    if keys.ndim != 2 or keys.shape[1] != 32:
-        raise KeyInputError(f"keys has shape {keys.shape}: pass an array of shape (n, 32)")
-    return np.ascontiguousarray(keys)
-
-
-def _seconds(deadline_s: float) -> float:
-    return max(0.0, float(deadline_s))  # in this order, so that NaN is 0: it would confuse the loop's timers

@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("seal",),
     ("region",),
     # keys, geometry: no I/O
+    ("arguments",),
     ("blocks", "locks", "framing"),
     ("layout",),
     ("errors", "_native", "__init__"),

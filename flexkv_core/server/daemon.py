@@ -246,7 +246,10 @@ class Server:
                 next(self._numbers),
                 lambda client: self._client_over(engine, client),
             )
-            connection.send(self._welcome())
+            if hello.role == "observer":
+                connection.send(self._welcome())
+            else:
+                self._when_ready(lambda: connection.send(self._welcome()))
         self._rearm()
 
     def _problem_of(self, peer: Peer, hello: m.Hello) -> tuple[str, str] | None:

@@ -1,0 +1,496 @@
+"""The client: the manager's methods, answered by a server. In the engine's scheduler process.
+
+Owns what is asked and not yet answered, and that an engine never waits for a server that does not answer: a call that
+runs into its deadline is a miss, and from then on calls are misses at once until the server speaks again. When the
+server went away, what was under way ends, calls are misses at once, and later calls connect anew by themselves. Does
+not own the connection (`channel.py`) or starting a server (`launch.py`).
+
+`lookup` and the others take keys, not tokens: hashing happens here, in the engine's process, by `block_keys`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core import __version__
+from flexkv_core.arguments import DeviceBlocks, by_group, checked_keys, seconds
+from flexkv_core.blocks import Keys, Namespace
+from flexkv_core.errors import (
+    FlexKVError,
+    LayoutError,
+    ServerAwayError,
+    StateError,
+    UnknownNamespaceError,
+)
+from flexkv_core.handles import Lookup
+from flexkv_core.layout import ModelSpec
+from flexkv_core.server import messages as m
+from flexkv_core.server.channel import Channel
+from flexkv_core.server.client_handles import ClientFetch, ClientTransfer
+
+CALL_DEADLINE_S = 1.0
+FETCH_DEADLINE_S = 10.0
+MAX_UNDER_WAY = 4096
+"""Fetches and transfers that have not ended; beyond, new ones end at once."""
+REGISTER_AGAIN_S = 0.1
+"""Between two attempts to make namespaces known to a server that is still starting."""
+AWAY = "the server went away"
+_ERRORS: dict[str, Callable[[str], FlexKVError]] = {
+    "namespace": UnknownNamespaceError,
+    "input": LayoutError,
+    "state": StateError,
+}
+
+
+class Client:
+    """See the module's docstring. Use `connect`; a context manager; any thread, of the process that made it.
+
+    Args:
+        path: of the server's socket.
+        engine: the engine's name, shared with its `DeviceAgent`s; default: a random one.
+        deadline_s: of calls that have none of their own.
+        stack_digest: of the stack that this client would have started; a server with another is only warned about.
+        role: "observer" for one who asks for figures only.
+
+    Attributes:
+        engine: its name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        engine: str | None = None,
+        deadline_s: float = CALL_DEADLINE_S,
+        stack_digest: str = "",
+        role: m.Role = "client",
+    ) -> None:
+        self.engine = engine if engine is not None else os.urandom(8).hex()
+        self._deadline_s = deadline_s
+        self._digest = stack_digest
+        self._role = role
+        self._pid = os.getpid()
+        self._session = b""
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, m.FromServer | None] = {}
+        self._fetches: dict[int, ClientFetch] = {}
+        self._transfers: dict[int, ClientTransfer] = {}
+        self._models: dict[bytes, tuple[ModelSpec, Namespace]] = {}  # that the caller uses
+        self._known: set[bytes] = set()  # of these, those that the present server knows
+        self._asked: dict[int, bytes] = {}  # registrations after a reconnection, by number
+        self._resets: list[tuple[ModelSpec, Namespace]] = []  # that the server has not heard of: what was reset
+        self._register_at = 0.0
+        self._suspect = False
+        self._counts = dict.fromkeys(("calls", "away", "timeouts", "busy"), 0)
+        self.welcome: m.Welcome | None = None
+        self._channel = Channel(os.fspath(path), self._hello, self._received, self._welcomed, self._lost)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- the connection (condition held)
+
+    def _hello(self) -> m.Hello:
+        previous, self._session = self._session, os.urandom(16)
+        return m.Hello(
+            m.PROTOCOL, __version__, self._role, self.engine, self._session, previous=previous, stack=self._digest
+        )
+
+    def _welcomed(self, welcome: m.Welcome) -> None:
+        self.welcome = welcome
+        self._suspect = False
+        self._register_at = 0.0
+
+    def _lost(self, reason: str) -> None:
+        """Nothing that was under way will be answered."""
+        self._known.clear()
+        self._asked.clear()
+        self._answers.clear()
+        self._suspect = False
+        fetches, self._fetches = self._fetches, {}
+        transfers, self._transfers = self._transfers, {}
+        for fetch in fetches.values():
+            fetch.end("server")
+        for transfer in transfers.values():
+            transfer.end(0, AWAY)
+
+    def _received(self, message: m.FromServer) -> None:
+        self._suspect = False
+        if isinstance(message, m.Progress):
+            fetch = self._fetches.get(message.id)
+            if fetch is not None:
+                fetch.take(message)
+                if message.done and (message.why or not message.ready):
+                    del self._fetches[message.id]
+        elif isinstance(message, (m.Moved, m.Failed)) and message.id in self._transfers:
+            transfer = self._transfers.pop(message.id)
+            if isinstance(message, m.Moved):
+                transfer.end(message.blocks, message.error)
+            else:
+                transfer.end(0, message.text)
+        elif isinstance(message, m.Failed) and message.id in self._fetches:
+            self._fetches.pop(message.id).end("reset" if message.kind == "namespace" else "refused")
+        elif isinstance(message, (m.Registered, m.Failed)) and message.id in self._asked:
+            root = self._asked.pop(message.id)
+            if isinstance(message, m.Registered) and root in self._models:
+                self._known.add(root)
+        elif hasattr(message, "id") and message.id in self._answers:
+            self._answers[message.id] = message
+        if isinstance(message, m.Failed) and message.kind == "namespace":
+            self._known.clear()  # the server has forgotten some: say them again
+            self._register_at = 0.0
+
+    # ---------------------------------------------------------------- calls
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise StateError("this client was made in another process: connect() in this one")
+        if self._channel.state == "closed":
+            raise StateError("this client was closed: connect() again")
+
+    def pump(self) -> None:
+        """Take in what has come. Never waits."""
+        self._channel.pump()
+
+    def _usable(self) -> bool:
+        """Whether the server may be asked now, as far as is known; begins to connect where it is time."""
+        self._counts["calls"] += 1
+        self._channel.pump()
+        if self._channel.state != "open":
+            self._channel.connect()
+            self._channel.pump()
+        if self._channel.state == "open":
+            self._register_all()
+            if not self._suspect:
+                return True
+        self._counts["away"] += 1
+        return False
+
+    def _usable_for(self, root: bytes) -> bool:
+        if root not in self._models:
+            raise UnknownNamespaceError("this namespace is not registered or was reset: call register() again")
+        return self._usable() and root in self._known
+
+    def _register_all(self) -> None:
+        """After a reconnection: say what is used, in one go, without waiting for the answers."""
+        now = time.monotonic()
+        with self._channel.changed:
+            if self._asked or now < self._register_at or (len(self._known) == len(self._models) and not self._resets):
+                return
+            self._register_at = now + REGISTER_AGAIN_S
+            messages: list[m.Message] = []
+            for model, old in self._resets:
+                messages.append(m.Register(next(self._numbers), model, old.epoch))
+                messages.append(m.Reset(next(self._numbers), old.root))
+            self._resets.clear()
+            for root, (model, namespace) in self._models.items():
+                if root not in self._known:
+                    number = next(self._numbers)
+                    self._asked[number] = root
+                    messages.append(m.Register(number, model, namespace.epoch))
+        for message in messages:
+            self._channel.send(message, now + self._deadline_s)
+
+    def _call(self, number: int, message: m.Message, deadline_s: float) -> m.FromServer | None:
+        """Ask and wait for the answer; None: there was none in time, or the server is gone."""
+        deadline, answers = time.monotonic() + deadline_s, self._answers
+        with self._channel.changed:
+            answers[number] = None
+        sent = self._channel.send(message, deadline)
+        if sent:
+            self._channel.wait(lambda: number not in answers or answers[number] is not None, deadline)
+        with self._channel.changed:
+            answer = answers.pop(number, None)
+            if answer is None and self._channel.state == "open":
+                self._suspect = True
+                self._counts["timeouts"] += 1
+        return answer
+
+    # ---------------------------------------------------------------- models
+
+    def register(self, model: ModelSpec, *, epoch: bytes | None = None) -> Namespace:
+        """As `KVCacheManager.register`; devices are the engine's agents'.
+
+        Raises LayoutError where the stack cannot serve the model, ServerAwayError where no server says what epoch it
+        is: try again later, and do without the cache until then.
+        """
+        self._check()
+        if not self._usable():
+            raise ServerAwayError("the server is away: the namespace is not known without it")
+        number = next(self._numbers)
+        answer = self._call(number, m.Register(number, model, epoch), self._deadline_s)
+        if not isinstance(answer, m.Registered):
+            raise self._error(answer)
+        namespace = Namespace.of(model, answer.epoch)
+        with self._channel.changed:
+            self._models[namespace.root] = (model, namespace)
+            self._known.add(namespace.root)
+        return namespace
+
+    def unregister(self, namespace: Namespace) -> None:
+        """This client uses the namespace no more; its blocks stay cached."""
+        self._check()
+        with self._channel.changed:
+            self._models.pop(namespace.root, None)
+            self._known.discard(namespace.root)
+        if self._usable():
+            self._channel.send(m.Unregister(namespace.root), time.monotonic() + self._deadline_s)
+
+    def reset(self, namespace: Namespace) -> Namespace:
+        """As `KVCacheManager.reset`, for this client. While the server is away, the fresh epoch is made here, and the
+        server is told when it is back.
+
+        Raises UnknownNamespaceError for a namespace that is not registered here.
+        """
+        self._check()
+        with self._channel.changed:
+            if namespace.root not in self._models:
+                raise UnknownNamespaceError("this namespace is not registered or was reset: call register() again")
+            model, _ = self._models.pop(namespace.root)
+            for fetch in [fetch for fetch in self._fetches.values() if fetch.root == namespace.root]:
+                fetch.end("reset")  # the server releases it
+                del self._fetches[fetch.number]
+        answer = None
+        if self._usable() and namespace.root in self._known:
+            number = next(self._numbers)
+            answer = self._call(number, m.Reset(number, namespace.root), self._deadline_s)
+        with self._channel.changed:
+            self._known.discard(namespace.root)
+            if isinstance(answer, m.Registered):
+                fresh = dataclasses.replace(namespace, epoch=answer.epoch)
+                self._known.add(fresh.root)
+            else:
+                fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
+                self._resets.append((model, namespace))
+            self._models[fresh.root] = (model, fresh)
+        return fresh
+
+    @staticmethod
+    def _error(answer: m.FromServer | None) -> FlexKVError:
+        if not isinstance(answer, m.Failed):
+            return ServerAwayError("the server did not answer in time")
+        return _ERRORS.get(answer.kind, ServerAwayError)(answer.text)
+
+    # ---------------------------------------------------------------- lookups and fetches
+
+    def lookup(self, namespace: Namespace, keys: Keys) -> Lookup:
+        """As `KVCacheManager.lookup`; nothing is found while the server is away."""
+        self._check()
+        keys = checked_keys(keys)
+        if self._usable_for(namespace.root):
+            number = next(self._numbers)
+            answer = self._call(number, m.Lookup(number, namespace.root, keys.tobytes()), self._deadline_s)
+            if isinstance(answer, m.Found):
+                return Lookup(answer.blocks, answer.host_blocks, answer.pending)
+        return Lookup(0, 0, pending=False)
+
+    def fetch(self, namespace: Namespace, keys: Keys, deadline_s: float = FETCH_DEADLINE_S) -> ClientFetch:
+        """As `KVCacheManager.fetch`; done with nothing while the server is away."""
+        return self._start(namespace, keys, deadline_s, keep=True)
+
+    def prefetch(self, namespace: Namespace, keys: Keys, deadline_s: float = FETCH_DEADLINE_S) -> ClientFetch:
+        """As `KVCacheManager.prefetch`."""
+        return self._start(namespace, keys, deadline_s, keep=False)
+
+    def _start(self, namespace: Namespace, keys: Keys, deadline_s: float, *, keep: bool) -> ClientFetch:
+        self._check()
+        keys, deadline_s = checked_keys(keys), seconds(deadline_s)
+        fetch = ClientFetch(self, next(self._numbers), namespace.root)
+        if not self._usable_for(namespace.root):
+            fetch.end("server")
+            return fetch
+        with self._channel.changed:
+            if self._full():
+                fetch.end("refused")
+                return fetch
+            self._fetches[fetch.number] = fetch
+        message = m.Fetch(fetch.number, namespace.root, keys.tobytes(), deadline_s, keep)
+        if not self._channel.send(message, time.monotonic() + self._deadline_s):
+            with self._channel.changed:
+                self._fetches.pop(fetch.number, None)
+                fetch.end("server")
+        return fetch
+
+    def release(self, fetch: ClientFetch) -> None:
+        """As `Fetch.release`."""
+        self._give_back(fetch, "released", m.Release(fetch.number))
+
+    def _give_back(self, fetch: ClientFetch, why: str, message: m.Message) -> None:
+        with self._channel.changed:
+            known = self._fetches.pop(fetch.number, None) is not None
+            fetch.end(why)
+        if known and os.getpid() == self._pid:
+            self._channel.send(message, time.monotonic() + self._deadline_s)
+
+    def _full(self) -> bool:
+        full = len(self._fetches) + len(self._transfers) >= MAX_UNDER_WAY
+        self._counts["busy"] += full
+        return full
+
+    # ---------------------------------------------------------------- copies
+
+    def load(self, fetch: ClientFetch, device_blocks: DeviceBlocks, *, tag: str = "") -> ClientTransfer:
+        """As `KVCacheManager.load`. `tag`: the agents are told it."""
+        self._check()
+        if not fetch.done or fetch.why in ("released", "cancelled"):
+            raise StateError("load needs a fetch that is done and not released: call fetch.wait() first")
+        transfer = ClientTransfer(self, next(self._numbers))
+        known = self._models.get(fetch.root)
+        if fetch.why or known is None:
+            transfer.end(0, f"the fetch was {fetch.why or 'reset'}")
+            return transfer
+        blocks = by_group(device_blocks, len(known[0].groups), fetch.ready, "device_blocks")
+        return self._move(transfer, m.Load(transfer.number, fetch.number, _raw(blocks), tag))
+
+    def store(self, namespace: Namespace, keys: Keys, device_blocks: DeviceBlocks, *, tag: str = "") -> ClientTransfer:
+        """As `KVCacheManager.store`. `tag`: the agents are told it."""
+        self._check()
+        keys = checked_keys(keys)
+        transfer = ClientTransfer(self, next(self._numbers))
+        if not self._usable_for(namespace.root):
+            transfer.end(0, AWAY)
+            return transfer
+        blocks = by_group(device_blocks, len(self._models[namespace.root][0].groups), len(keys), "device_blocks")
+        return self._move(transfer, m.Store(transfer.number, namespace.root, keys.tobytes(), _raw(blocks), tag))
+
+    def _move(self, transfer: ClientTransfer, message: m.Message) -> ClientTransfer:
+        with self._channel.changed:
+            if self._full():
+                transfer.end(0, f"{MAX_UNDER_WAY} fetches and transfers are under way")
+                return transfer
+            self._transfers[transfer.number] = transfer
+        if not self._channel.send(message, time.monotonic() + self._deadline_s):
+            with self._channel.changed:
+                if self._transfers.pop(transfer.number, None) is not None:
+                    transfer.end(0, AWAY)
+        return transfer
+
+    def cancel(self, target: ClientTransfer | ClientFetch) -> None:
+        """As `KVCacheManager.cancel`. A transfer is done when the server says so: until then it may still copy."""
+        message = m.Cancel(target.number)
+        if isinstance(target, ClientFetch):
+            self._give_back(target, "cancelled", message)
+        elif not target.done:
+            self._channel.send(message, time.monotonic() + self._deadline_s)
+
+    # ---------------------------------------------------------------- waiting, figures, end
+
+    def wait(self, target: ClientTransfer | ClientFetch, timeout_s: float | None = None) -> bool:
+        """Wait until a transfer or fetch is done; False if the time is up first."""
+        deadline = time.monotonic() + (seconds(timeout_s) if timeout_s is not None else float("inf"))
+        return self._channel.wait(lambda: target.ended, deadline)
+
+    def drain(self, timeout_s: float) -> bool:
+        """As `KVCacheManager.drain`, of the whole server; False while it is away."""
+        self._check()
+        if not self._usable():
+            return False
+        number = next(self._numbers)
+        answer = self._call(number, m.Drain(number, timeout_s), timeout_s + self._deadline_s)
+        return isinstance(answer, m.Ended) and answer.ok
+
+    def null(self, data: bytes) -> bool:
+        """Send bytes and wait for the server's answer, which does nothing: what a call of that size costs."""
+        self._check()
+        if not self._usable():
+            return False
+        number = next(self._numbers)
+        return isinstance(self._call(number, m.Null(number, data), self._deadline_s), m.Ended)
+
+    def stats(self) -> dict[str, Any]:
+        """The server's figures: as `KVCacheManager.stats`, and `server`; empty while it is away."""
+        self._check()
+        if self._usable():
+            number = next(self._numbers)
+            answer = self._call(number, m.Stats(number), self._deadline_s)
+            if isinstance(answer, m.Figures):
+                figures: dict[str, Any] = json.loads(answer.figures)
+                return figures
+        return {}
+
+    def figures(self) -> dict[str, int]:
+        """This client's own: calls; of these away: answered as misses at once; timeouts; busy: refused because too much
+        was under way; connections that were opened."""
+        return {**self._counts, "connections": self._channel.connections}
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server answers, as far as is known."""
+        self._channel.pump()
+        return self._channel.state == "open" and not self._suspect
+
+    def greet(self, timeout_s: float) -> None:
+        """Wait until a server has let this client in.
+
+        Raises ServerRefusedError if it does not, ServerAwayError if none answers in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        channel = self._channel
+        while channel.state != "open":
+            channel.connect()
+            if channel.refused is not None:
+                raise channel.refused
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ServerAwayError(f"no server has answered within {timeout_s:g} s")
+            if channel.state == "away":
+                time.sleep(min(left, CONNECT_STEP_S))
+            else:
+                channel.wait(lambda: channel.state != "greeting", deadline)
+
+    def close(self) -> None:
+        """Say goodbye: what this client holds is released. Safe to call twice."""
+        if os.getpid() == self._pid:
+            self._channel.send(m.Bye(), time.monotonic() + self._deadline_s)
+        with self._channel.changed:
+            was_open = self._channel.state == "open"
+            self._channel.close()
+            if not was_open:
+                self._lost("closed")
+
+
+def connect(
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    deadline_s: float = CALL_DEADLINE_S,
+    connect_s: float = 10.0,
+    stack_digest: str = "",
+) -> Client:
+    """A client of the server at `path`, once it has answered; arguments as for `Client`.
+
+    Raises:
+        ServerAwayError: no server answers within `connect_s` seconds.
+        ServerRefusedError: it does not take this client, for being of another version, say.
+    """
+    client = Client(path, engine=engine, deadline_s=deadline_s, stack_digest=stack_digest)
+    try:
+        client.greet(connect_s)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+CONNECT_STEP_S = 0.01
+"""Between two attempts of `Client.greet` while there is no socket."""
+
+
+def _raw(blocks: Sequence[npt.NDArray[np.int64]]) -> list[bytes]:
+    return [array.tobytes() for array in blocks]

@@ -1,0 +1,119 @@
+"""Handles of a client's fetches and transfers, like those of `flexkv_core.handles`.
+
+Own what the server has said of them so far. They are changed by the client with its channel's condition held.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from flexkv_core.server import messages as m
+
+
+class Waiter(Protocol):
+    """What handles need of their client."""
+
+    def pump(self) -> None:
+        """Take in what has come."""
+
+    def wait(self, target: Any, timeout_s: float | None = None) -> bool:
+        """Wait until a handle is done."""
+
+    def release(self, fetch: ClientFetch) -> None:
+        """Unpin a fetch."""
+
+
+class ClientFetch:
+    """As `flexkv_core.handles.Fetch`. Attributes are up to date whenever they are read.
+
+    `why` may also be "server": it went away, and the pins with it.
+    """
+
+    def __init__(self, client: Waiter, number: int, root: bytes) -> None:
+        self._client = client
+        self.number = number
+        self.root = root
+        self._ready = 0
+        self._done = False
+        self._sources: dict[str, int] = {}
+        self._why = ""
+
+    @property
+    def ready(self) -> int:
+        """Leading blocks verified and pinned; grows until `done`."""
+        self._client.pump()
+        return self._ready
+
+    @property
+    def ended(self) -> bool:
+        """`done`, as far as has been read."""
+        return self._done
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will come."""
+        if not self._done:
+            self._client.pump()
+        return self._done
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """After `done`, tier name -> leading blocks that came from it."""
+        return self._sources
+
+    @property
+    def released(self) -> bool:
+        """Its pins are gone; `why` says what took them."""
+        self._client.pump()
+        return bool(self._why)
+
+    @property
+    def why(self) -> str:
+        return self._why
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; returns it."""
+        return self._client.wait(self, timeout_s)
+
+    def release(self) -> None:
+        """Unpin. Safe to call twice."""
+        self._client.release(self)
+
+    def end(self, why: str) -> None:
+        """It is over, by no word of the server's."""
+        self._done = True
+        self._why = self._why or why
+
+    def take(self, message: m.Progress) -> None:
+        self._ready, self._done, self._sources = message.ready, message.done, message.sources
+        self._why = self._why or message.why
+
+
+class ClientTransfer:
+    """As `flexkv_core.handles.Transfer`."""
+
+    def __init__(self, client: Waiter, number: int) -> None:
+        self._client = client
+        self.number = number
+        self.blocks = 0
+        self.error: str | None = None
+        self._done = False
+
+    @property
+    def ended(self) -> bool:
+        """`done`, as far as has been read."""
+        return self._done
+
+    @property
+    def done(self) -> bool:
+        """It has ended. If the server went away, a copy may still run in a worker."""
+        if not self._done:
+            self._client.pump()
+        return self._done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; returns it."""
+        return self._client.wait(self, timeout_s)
+
+    def end(self, blocks: int, error: str | None) -> None:
+        self.blocks, self.error, self._done = blocks, error, True
