@@ -26,7 +26,7 @@ from flexkv_core.index import Keys
 from flexkv_core.ledger import distinct
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, StorePlan
-from flexkv_core.ranks import CopyPart, Direction, LocalWorker, Ranks
+from flexkv_core.ranks import CopyPart, Direction, LocalWorker, Ranks, WorkerLostError
 from flexkv_core.region import HostRegion
 from flexkv_core.scheduler import Scheduler
 from flexkv_core.seal import seal_blocks
@@ -160,7 +160,7 @@ class Copies:
             fetch.loads -= 1
             self._fetches.unpin(fetch)
             if error is not None:
-                logger.error("a load failed", exc_info=error)
+                _log("load", error)
             self._end(transfer, 0 if error else count, spelled(error) if error else None)
 
         def start() -> None:
@@ -245,7 +245,7 @@ class Copies:
         writes: list[Move] = []
         failure = spelled(error) if error is not None else None
         if error is not None:
-            logger.error("a store failed", exc_info=error)
+            _log("store", error)
         elif transfer.cancelled:
             failure = "cancelled"
         try:
@@ -267,6 +267,13 @@ class Copies:
 
 
 # ---------------------------------------------------------------- what callers pass and get
+
+
+def _log(what: str, error: BaseException) -> None:
+    if isinstance(error, WorkerLostError):
+        logger.warning("a %s is given up: %s", what, error)
+    else:
+        logger.error("a %s failed", what, exc_info=error)
 
 
 def spelled(error: BaseException) -> str:

@@ -79,3 +79,7 @@ class ServerRefusedError(FlexKVError, ConnectionRefusedError):
 
 class ServerAwayError(FlexKVError, ConnectionError):
     """No server answers, where a call cannot be a miss instead."""
+
+
+class SocketPathError(FlexKVError, ValueError):
+    """A path that cannot be a server's socket, or is not safe to be one; the text says what to do."""

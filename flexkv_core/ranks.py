@@ -61,6 +61,10 @@ class LocalWorker:
             copy(self._region.buffer, part.offsets, part.device_blocks, part.group)
 
 
+class WorkerLostError(RuntimeError):
+    """A worker's process has ended, or is away, with a copy under way or asked for."""
+
+
 class RemoteWorker(Protocol):
     """A worker in another process."""
 

@@ -250,6 +250,7 @@ import logging, signal, sys
 import numpy as np
 from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.server.agent import DeviceAgent
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 logging.basicConfig(level="ERROR")
 path, engine, rank, ranks, tensor, pages, size, prelude = sys.argv[1:]
 tensor = np.memmap(tensor, np.uint8, "r+", shape=(int(pages), int(size)))

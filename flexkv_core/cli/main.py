@@ -9,6 +9,7 @@ import click
 from flexkv_core import __version__
 from flexkv_core.cli.backends_command import backends_command
 from flexkv_core.cli.replay import replay_command
+from flexkv_core.cli.serve import serve_command
 from flexkv_core.cli.validate import validate_command
 from flexkv_core.errors import FlexKVError
 
@@ -35,3 +36,4 @@ def main() -> None:
 main.add_command(replay_command)
 main.add_command(backends_command)
 main.add_command(validate_command)
+main.add_command(serve_command)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from flexkv_core.errors import LayoutError, StateError
 from flexkv_core.framing import WireError
 from flexkv_core.layout import KVGroup, ModelSpec
-from flexkv_core.ranks import CopyPart, Direction, Ranks
+from flexkv_core.ranks import CopyPart, Direction, Ranks, WorkerLostError
 from flexkv_core.server.connection import Connection
 from flexkv_core.server.messages import Bye, Copied, Copy, Hello, parse_from_client
 from flexkv_core.server.peers import Peer
@@ -22,10 +22,6 @@ from flexkv_core.server.peers import Peer
 logger = logging.getLogger("flexkv.server")
 
 Done = Callable[[BaseException | None], None]
-
-
-class AgentLostError(RuntimeError):
-    """A worker's process ended, or is away, with a copy under way or asked for."""
 
 
 class AgentSession:
@@ -76,7 +72,7 @@ class AgentSession:
     def start(self, direction: Direction, parts: Sequence[CopyPart], tag: str, done: Done) -> None:
         """Send a job; see `RemoteWorker.start`."""
         if not self.connected:
-            done(AgentLostError(f"{self.where} is away"))
+            done(WorkerLostError(f"{self.where} is away"))
             return
         self._next_job += 1
         self._jobs[self._next_job] = done
@@ -108,7 +104,7 @@ class AgentSession:
         self._connection.close(reason)
         jobs, self._jobs = self._jobs, {}
         for done in jobs.values():
-            done(AgentLostError(reason))
+            done(WorkerLostError(reason))
         self._on_over(self)
 
 

@@ -34,6 +34,7 @@ WELCOME_S = 5.0
 LONGEST_POLL_S = 3600.0
 """What poll() can be told; a longer wait is several."""
 
+CLOSED = "closed"
 State = Literal["away", "greeting", "open", "closed"]
 
 
@@ -114,7 +115,8 @@ class Channel:
             self._socket.close()
             self._socket = None
         if was == "open":
-            logger.warning("the server at %s is away: %s", self._path, reason)
+            if reason != CLOSED:
+                logger.warning("the server at %s is away: %s", self._path, reason)
             self._lost(reason)
         self.changed.notify_all()
 
@@ -123,7 +125,7 @@ class Channel:
         with self.changed:
             if self._state == "closed":
                 return
-            self._drop("closed")
+            self._drop(CLOSED)
             self._state = "closed"
 
     # ---------------------------------------------------------------- sending

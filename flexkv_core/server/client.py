@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,10 +41,14 @@ from flexkv_core.server import messages as m
 from flexkv_core.server.channel import Channel
 from flexkv_core.server.client_handles import ClientFetch, ClientTransfer
 
+logger = logging.getLogger("flexkv.client")
+
 CALL_DEADLINE_S = 1.0
 FETCH_DEADLINE_S = 10.0
 MAX_UNDER_WAY = 4096
 """Fetches and transfers that have not ended; beyond, new ones end at once."""
+START_AFTER_S, START_AFTER_MAX_S = 0.5, 60.0
+"""Between two attempts to have a server started: at first, and at most; it doubles in between."""
 REGISTER_AGAIN_S = 0.1
 """Between two attempts to make namespaces known to a server that is still starting."""
 AWAY = "the server went away"
@@ -62,6 +68,7 @@ class Client:
         deadline_s: of calls that have none of their own.
         stack_digest: of the stack that this client would have started; a server with another is only warned about.
         role: "observer" for one who asks for figures only.
+        starter: called in a thread of its own, now and then, while the server is away: it should start one.
 
     Attributes:
         engine: its name.
@@ -75,7 +82,12 @@ class Client:
         deadline_s: float = CALL_DEADLINE_S,
         stack_digest: str = "",
         role: m.Role = "client",
+        starter: Callable[[], object] | None = None,
     ) -> None:
+        self._starter = starter
+        self._start_at = time.monotonic() + START_AFTER_S
+        self._starts = 0
+        self._starting: threading.Thread | None = None
         self.engine = engine if engine is not None else os.urandom(8).hex()
         self._deadline_s = deadline_s
         self._digest = stack_digest
@@ -116,6 +128,7 @@ class Client:
         self.welcome = welcome
         self._suspect = False
         self._register_at = 0.0
+        self._starts, self._start_at = 0, 0.0
 
     def _lost(self, reason: str) -> None:
         """Nothing that was under way will be answered."""
@@ -180,7 +193,27 @@ class Client:
             if not self._suspect:
                 return True
         self._counts["away"] += 1
+        if self._starter is not None and self._channel.state == "away":
+            self._start_one(self._starter)
         return False
+
+    def _start_one(self, starter: Callable[[], object]) -> None:
+        """Have a server started, if it is time; nobody waits for it."""
+
+        def run() -> None:
+            try:
+                starter()
+            except Exception as error:
+                logger.error("no server could be started: %s", error)
+
+        with self._channel.changed:
+            now = time.monotonic()
+            if now < self._start_at or (self._starting is not None and self._starting.is_alive()):
+                return
+            self._starts += 1
+            self._start_at = now + min(START_AFTER_S * 2**self._starts, START_AFTER_MAX_S)
+            self._starting = threading.Thread(target=run, name="flexkv-start", daemon=True)
+            self._starting.start()
 
     def _usable_for(self, root: bytes) -> bool:
         if root not in self._models:

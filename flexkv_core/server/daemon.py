@@ -32,6 +32,7 @@ from flexkv_core.server import messages as m
 from flexkv_core.server.agent_session import AgentSession, Engine
 from flexkv_core.server.client_session import ClientSession
 from flexkv_core.server.connection import Connection
+from flexkv_core.server.paths import server_lock
 from flexkv_core.server.peers import Peer
 from flexkv_core.server.reattach import label_of, take_over
 
@@ -382,11 +383,15 @@ MAX_DRAINS = 16
 """Drains waited for at a time, each in a thread."""
 
 
-def run(config: LoadedConfig, path: Path, *, linger_s: float | None, started: float | None = None) -> int:
-    """Serve until SIGTERM, SIGINT or the end of the linger; the exit code."""
-    server = Server(config, path, linger_s)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.stop)
-    began = time.monotonic() if started is None else started
-    server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
+def run(config: LoadedConfig, path: Path, *, linger_s: float | None) -> int:
+    """Serve until SIGTERM, SIGINT or the end of the linger; the exit code.
+
+    Raises DirectoryInUseError, naming the process, where a server is there already, and what opening the stack raises.
+    """
+    with server_lock(path):
+        server = Server(config, path, linger_s)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.stop)
+        began = time.monotonic()
+        server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
     return 0

@@ -1,0 +1,33 @@
+"""The process that `launch.py` starts: reads its config from standard input, and serves.
+
+python -m flexkv_core.server < JSON with "source", "socket" and "linger_s"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from flexkv_core.config import load_config
+from flexkv_core.errors import FlexKVError
+from flexkv_core.server.daemon import run
+
+
+def main() -> int:
+    """The exit code: 2 where the config or the machine does not allow it, said in one line."""
+    handed = json.loads(sys.stdin.buffer.read())
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    try:
+        config = load_config(handed["source"])
+        return run(config, Path(handed["socket"]), linger_s=handed["linger_s"])
+    except FlexKVError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
