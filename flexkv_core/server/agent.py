@@ -18,6 +18,7 @@ import random
 import select
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,14 @@ BACKOFF_S = 0.05
 BACKOFF_MAX_S = 1.0
 ANSWER_S = 5.0
 """How long connecting may take, and one answer's way out; a server that does not read is away."""
+
+MAX_REVOKED = 1 << 16
+"""Tags that are remembered; a copy that was asked for so many revocations ago is long over."""
+
+
+class RevokedError(RuntimeError):
+    """A copy whose device blocks belong to another by now."""
+
 
 Copied = Callable[[str, Direction, str | None], None]
 
@@ -81,6 +90,8 @@ class DeviceAgent:
         self._sending = threading.Lock()
         self._changed = threading.Condition()
         self._running = 0
+        self._tags: Counter[str] = Counter()  # of copies that run
+        self._revoked: dict[str, None] = {}
         self._closing = False
         self._connected = False
         self._refused: ServerRefusedError | None = None
@@ -103,6 +114,15 @@ class DeviceAgent:
             if self._refused is not None:
                 raise self._refused
             return self._connected
+
+    def revoke(self, tag: str) -> None:
+        """Copy nothing of this tag any more: its device blocks are about to be others'. Returns when no copy of it runs;
+        one that the server asks for later fails."""
+        with self._changed:
+            self._revoked[tag] = None
+            while len(self._revoked) > MAX_REVOKED:
+                del self._revoked[next(iter(self._revoked))]
+            self._changed.wait_for(lambda: tag not in self._tags)
 
     def close(self) -> None:
         """Let copies end, say goodbye, unmap the region. Safe to call twice."""
@@ -234,18 +254,30 @@ class DeviceAgent:
     # ---------------------------------------------------------------- copy threads
 
     def _copy(self, connection: socket.socket, job: m.Copy) -> None:
-        error = None
+        error, began = None, False
         try:
+            with self._changed:
+                if job.tag in self._revoked:
+                    raise RevokedError("its device blocks are not its own any more")
+                self._tags[job.tag] += 1
+                began = True
             region = self._region
             assert region is not None
             move = self._device.gather if job.direction == "gather" else self._device.scatter
             for group, offsets, blocks in job.parts:
                 move(region.buffer, m.numbers_of(offsets), m.numbers_of(blocks), group)
+        except RevokedError as revoked:
+            error = str(revoked)
         except Exception as caught:
             logger.exception("rank %d could not copy", self._rank)
             error = str(caught) or type(caught).__name__
         with self._changed:
             self.copies += 1
+            if began:
+                self._tags[job.tag] -= 1
+                if not self._tags[job.tag]:
+                    del self._tags[job.tag]
+                    self._changed.notify_all()
         if self._on_copied is not None:
             try:
                 self._on_copied(job.tag, job.direction, error)

@@ -1,0 +1,192 @@
+"""vLLM's connector: the class that vLLM makes once a role, over the two halves. Needs vLLM 0.32 or a later 0.x.
+
+    --kv-transfer-config '{"kv_connector": "FlexKVConnector", "kv_role": "kv_both",
+                           "kv_connector_module_path": "flexkv_core.connectors.vllm"}'
+
+Owns the config of the connector and what each of vLLM's calls goes to. See docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+
+from flexkv_core.config import load_config
+from flexkv_core.connectors.vllm_model import model_spec, world_of
+from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
+from flexkv_core.connectors.vllm_worker import WorkerHalf
+from flexkv_core.errors import FlexKVError
+from flexkv_core.server.launch import embedded
+from flexkv_core.server.paths import socket_path
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("flexkv.vllm")
+
+FETCH_S = 5.0
+CALL_S = 0.2
+
+
+@dataclass
+class FlexKVMetadata(KVConnectorMetadata):
+    """From scheduler to workers, each step."""
+
+    ends: Ends = field(default_factory=Ends)
+
+
+class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """See the module's docstring. A connector that cannot work is one that finds nothing: it says why, once."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        extra = dict(self._kv_transfer_config.kv_connector_extra_config or {})
+        try:
+            spec = model_spec(vllm_config, kv_cache_config)
+            source = extra.get("stack")
+            config = load_config(source)
+            if not config.settings.process.enabled:
+                logger.info("ENABLE_FLEXKV is 0: nothing is cached")
+                return
+            path = socket_path(extra.get("socket", config.settings.server.socket))
+            engine = self._engine_name()
+            if role == KVConnectorRole.SCHEDULER:
+                client = embedded(source, path, engine=engine, deadline_s=float(extra.get("call_s", CALL_S)))
+                self._scheduler = SchedulerHalf(client, spec, fetch_s=float(extra.get("fetch_s", FETCH_S)))
+            else:
+                rank, ranks = self._rank(), world_of(vllm_config)
+                self._worker = WorkerHalf(path, engine, kv_cache_config, rank, ranks)
+        except FlexKVError as error:
+            logger.error("FlexKV caches nothing for this engine: %s", error)
+
+    def _engine_name(self) -> str:
+        parallel = self._vllm_config.parallel_config
+        return f"{self._kv_transfer_config.engine_id}/{getattr(parallel, 'data_parallel_rank', 0)}"
+
+    def _rank(self) -> int:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group  # noqa: PLC0415
+
+        tensor = self._vllm_config.parallel_config.tensor_parallel_size
+        return int(get_pp_group().rank_in_group * tensor + get_tp_group().rank_in_group)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: a store that is dropped is a later miss."""
+        return False
+
+    def shutdown(self) -> None:
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                half.close()
+
+    # ---------------------------------------------------------------- workers
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker is not None:
+            try:
+                self._worker.register(kv_caches)
+            except FlexKVError as error:
+                logger.error("FlexKV caches nothing for this engine: %s", error)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, FlexKVMetadata):
+            self._worker.bind(connector_metadata.ends)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, FlexKVMetadata):
+            self._worker.revoke(kv_connector_metadata.ends)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Loads were begun when blocks were given: nothing to do."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: whoever runs has its blocks."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Blocks are stored when their step's output has been processed."""
+
+    def wait_for_save(self) -> None:
+        """No step waits for a store."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        saved, loaded, _ = self._worker.finished()
+        return saved, loaded
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        saved, loaded, failed = self._worker.finished()
+        return KVConnectorTransferResults(finished_sending=saved, finished_recving=loaded, failed_recving=failed)
+
+    # ---------------------------------------------------------------- the scheduler
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        found = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return found, bool(found)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return FlexKVMetadata()
+        began = time.perf_counter()
+        ends = self._scheduler.step(scheduler_output)
+        self._scheduler.counts.hook_seconds += time.perf_counter() - began
+        return FlexKVMetadata(ends)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler is not None and self._scheduler.finished(request), None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.busy
+
+    def take_events(self) -> Iterable[Any]:
+        return self._scheduler.take_events() if self._scheduler is not None else ()
+
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True

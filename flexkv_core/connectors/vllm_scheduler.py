@@ -1,0 +1,405 @@
+"""vLLM's scheduler half: which requests find blocks, which blocks are loaded and stored, and when each has ended.
+
+Owns what is known of each request. It is called by the scheduler's thread only, and never waits for the server beyond a
+fraction of a millisecond. The worker half only repeats to vLLM what this half says has ended (`Ends`), so there is one
+truth about transfers, and a server that dies leaves no request waiting.
+
+A load is promised only for blocks that are in host memory, verified and pinned. A store names only blocks whose step's
+output has been processed, and is given up when the request loses its blocks before it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexkv_core.blocks import GrowingKeys, Namespace
+from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
+from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
+from flexkv_core.layout import ModelSpec
+from flexkv_core.server import Client, ClientFetch, ClientTransfer
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("flexkv.vllm")
+
+FIRST_WAIT_S = 0.0003
+"""What host memory takes to answer: a request that finds all there is scheduled in the same step."""
+STORE_BLOCKS = 8
+"""A decoding request stores so many blocks at a time."""
+STORE_S = 10.0
+"""A finished request's blocks are held for its stores no longer than this."""
+REGISTER_AGAIN_S = 1.0
+"""Between two attempts to register a namespace while the server is away."""
+
+
+@dataclass(slots=True)
+class Ends:
+    """What has ended since the last step, for the workers to tell vLLM.
+
+    Attributes:
+        loaded: requests whose load is complete. failed: whose load has failed, with its tag.
+        saved: finished requests whose blocks may go.
+        revoked: tags of transfers whose device blocks are about to be others': no copy of theirs may run any more.
+    """
+
+    loaded: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    saved: set[str] = field(default_factory=set)
+    revoked: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Store:
+    transfer: ClientTransfer
+    tag: str
+
+
+@dataclass(slots=True, eq=False)
+class _Tracked:
+    """A request.
+
+    Attributes:
+        keys: of its prefix, extended as it grows; epoch: which reset of the engine they belong to.
+        matched: blocks that were promised last. local: tokens that vLLM had itself then.
+        stored: leading blocks that are, or are being, cached.
+    """
+
+    request: Request
+    namespace: Namespace
+    keys: GrowingKeys
+    epoch: int
+    fetch: ClientFetch | None = None
+    give_up_at: float = 0.0
+    matched: int = 0
+    local: int = 0
+    load: ClientTransfer | None = None
+    load_tag: str = ""
+    stored: int = 0
+    stores: list[_Store] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start: requests, tokens and blocks."""
+
+    requests: int = 0
+    asked_tokens: int = 0
+    hit_tokens: int = 0
+    loads: int = 0
+    failed_loads: int = 0
+    stores: int = 0
+    stored_blocks: int = 0
+    failed_stores: int = 0
+    hook_seconds: float = 0.0
+
+
+class SchedulerHalf:
+    """See the module's docstring.
+
+    Args:
+        spec: of the engine's model.
+        fetch_s: how long a request waits for blocks of lower tiers, at most.
+    """
+
+    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float) -> None:
+        self._client = client
+        self._spec = spec
+        self._namespaces = Namespaces(spec)
+        self._registered: dict[ModelSpec, Namespace] = {}
+        self._retry_at: dict[ModelSpec, float] = {}
+        self._fetch_s = fetch_s
+        self._tracked: dict[str, _Tracked] = {}
+        self._loading: dict[str, _Tracked] = {}
+        self._finishing: dict[str, tuple[_Tracked, float]] = {}
+        self._blocks: KVCacheManager | None = None
+        self._ends = Ends()
+        self._epoch = 0
+        self._transfers = 0
+        self.counts = Counts()
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """vLLM's own block tables."""
+        self._blocks = manager
+
+    # ---------------------------------------------------------------- requests
+
+    def _namespace(self, spec: ModelSpec) -> Namespace | None:
+        """Registered, or None while the server is away."""
+        known = self._registered.get(spec)
+        if known is not None:
+            return known
+        now = time.monotonic()
+        if now < self._retry_at.get(spec, 0.0):
+            return None
+        try:
+            self._registered[spec] = self._client.register(spec)
+        except (FlexKVError, OSError) as error:
+            self._retry_at[spec] = now + REGISTER_AGAIN_S
+            level = logging.DEBUG if isinstance(error, ServerAwayError) else logging.ERROR
+            logger.log(level, "no cache for now: %s", error)
+            return None
+        return self._registered[spec]
+
+    def _track(self, request: Request) -> _Tracked | None:
+        """What is known of a request, its keys up to date; None if it is not cached."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.epoch != self._epoch:
+            return None  # computed with what was reset
+        if tracked is None:
+            if not cacheable(request):
+                return None
+            try:
+                spec = self._namespaces.spec_of(request)
+            except OSError as error:
+                logger.warning("request %s is not cached: its adapter cannot be read: %s", request.request_id, error)
+                return None
+            namespace = self._namespace(spec)
+            if namespace is None:
+                return None
+            keys = GrowingKeys(namespace.root, spec.block_size)
+            tracked = _Tracked(request, namespace, keys, self._epoch)
+            self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _extend(self, tracked: _Tracked, tokens: int) -> None:
+        """Hash the request's tokens up to so many; none is hashed twice."""
+        keys, size = tracked.keys, self._spec.block_size
+        if tokens <= keys.tokens:
+            return
+        new = np.asarray(tracked.request.all_token_ids[keys.tokens : tokens], np.int64)
+        first, complete = keys.tokens // size, tokens // size - keys.tokens // size
+        keys.extend(new, extras_of(tracked.request, first, complete, size))
+
+    def on_new_request(self, request: Request) -> None:
+        """Begin to fetch what the request may find."""
+        self.counts.requests += 1
+        if request.skip_reading_prefix_cache:
+            return
+        tracked = self._track(request)
+        if tracked is not None:
+            self._fetch(tracked)
+
+    def _fetch(self, tracked: _Tracked) -> None:
+        """All blocks but the one with the last token, which vLLM computes in any case."""
+        request, size = tracked.request, self._spec.block_size
+        blocks = (request.num_tokens - 1) // size
+        self._extend(tracked, blocks * size)
+        if blocks:
+            try:
+                tracked.fetch = self._client.fetch(tracked.namespace, tracked.keys.keys[:blocks], self._fetch_s)
+            except UnknownNamespaceError:
+                self._registered.pop(self._namespaces.spec_of(request), None)
+            tracked.give_up_at = time.monotonic() + self._fetch_s
+
+    def matched_tokens(self, request: Request, computed: int) -> int | None:
+        """Tokens beyond `computed` that can be loaded; None: ask again, a fetch is under way."""
+        if request.skip_reading_prefix_cache:
+            return 0
+        tracked = self._track(request)
+        if tracked is None or tracked.load is not None:
+            return 0
+        if tracked.fetch is None or tracked.fetch.released:
+            self._fetch(tracked)
+            if tracked.fetch is None:
+                return 0
+        fetch, size = tracked.fetch, self._spec.block_size
+        if not fetch.done:
+            now = time.monotonic()
+            waited = now > tracked.give_up_at - self._fetch_s + FIRST_WAIT_S
+            if not (waited or fetch.wait(FIRST_WAIT_S)) or not fetch.done:
+                if now < tracked.give_up_at:
+                    return None
+                self._client.cancel(fetch)  # a server that keeps silent
+                tracked.fetch = None
+                return 0
+        tracked.matched, tracked.local = fetch.ready, computed
+        extra = fetch.ready * size - computed
+        if extra <= 0:
+            fetch.release()
+            tracked.fetch, tracked.matched = None, 0
+            return 0
+        return extra
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """vLLM has given the request its device blocks: load into them."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.load is not None:
+            return
+        self.counts.asked_tokens += request.num_tokens if not tracked.stored else 0
+        if external <= 0:
+            if tracked.fetch is not None:
+                tracked.fetch.release()
+                tracked.fetch = None
+            tracked.stored = max(tracked.stored, 0)
+            return
+        size = self._spec.block_size
+        first, last = tracked.local // size, (tracked.local + external) // size
+        fetch = tracked.fetch
+        tracked.load_tag = self._tag(request)
+        if fetch is None or fetch.ready < last:  # it was lost since: the workers say so
+            self._ends.failed[request.request_id] = tracked.load_tag
+            self.counts.failed_loads += 1
+            return
+        table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
+        tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
+        self._loading[request.request_id] = tracked
+        self.counts.loads += 1
+        self.counts.hit_tokens += external
+
+    @staticmethod
+    def _table(ids: Sequence[int], first: int, last: int) -> npt.NDArray[np.int64]:
+        """Device blocks of positions 0 to `last`; -1 before `first`, and where vLLM has its null block."""
+        table = np.full(last, -1, np.int64)
+        part = np.asarray(ids[first:last], np.int64)
+        table[first : first + len(part)] = np.where(part == NULL_BLOCK, -1, part)
+        return table
+
+    def _tag(self, request: Request) -> str:
+        self._transfers += 1
+        return f"{request.request_id}/{self._transfers}"
+
+    # ---------------------------------------------------------------- a step
+
+    def step(self, output: SchedulerOutput) -> Ends:
+        """Store what has been computed since; return what has ended, for the workers."""
+        self._end_loads()
+        for request_id in output.preempted_req_ids or ():
+            self._preempted(request_id)
+        for request_id in output.num_scheduled_tokens:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.load is None:
+                self._store(tracked, STORE_BLOCKS)
+        self._end_stores()
+        ends, self._ends = self._ends, Ends()
+        return ends
+
+    def _end_loads(self) -> None:
+        for request_id, tracked in list(self._loading.items()):
+            load = tracked.load
+            if load is None or not load.done:
+                continue
+            del self._loading[request_id]
+            if load.error is None:
+                tracked.stored = max(tracked.stored, tracked.matched)
+                self._ends.loaded.add(request_id)
+            else:
+                logger.warning("a load of request %s failed: %s", request_id, load.error)
+                self.counts.failed_loads += 1
+                self._ends.failed[request_id] = tracked.load_tag
+            tracked.load = None
+            if tracked.fetch is not None:
+                tracked.fetch.release()
+                tracked.fetch = None
+
+    def _preempted(self, request_id: str) -> None:
+        """Its device blocks are another's from this step on: copies of them must have ended before."""
+        tracked = self._tracked.get(request_id)
+        if tracked is not None:
+            self._give_up(tracked)
+            tracked.stored = 0
+
+    def _give_up(self, tracked: _Tracked) -> None:
+        for store in tracked.stores:
+            if not store.transfer.done:
+                self._client.cancel(store.transfer)
+                self._ends.revoked.append(store.tag)
+        tracked.stores.clear()
+
+    def _store(self, tracked: _Tracked, least: int) -> None:
+        """Store full blocks whose step's output has been processed, if they are so many or the prompt is done."""
+        request, size = tracked.request, self._spec.block_size
+        if tracked.epoch != self._epoch or self._blocks is None:
+            return
+        computed = min(request.num_computed_tokens - request.num_in_flight_tokens, len(request.all_token_ids))
+        full = computed // size
+        prompt_done = computed >= request.num_prompt_tokens and tracked.stored < request.num_prompt_tokens // size
+        if full <= tracked.stored or (full - tracked.stored < least and not prompt_done):
+            return
+        self._extend(tracked, full * size)
+        tables = [self._table(ids, tracked.stored, full) for ids in self._blocks.get_block_ids(request.request_id)]
+        tag = self._tag(request)
+        try:
+            transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
+        except UnknownNamespaceError:
+            return
+        self.counts.stores += 1
+        self.counts.stored_blocks += full - tracked.stored
+        tracked.stored = full
+        tracked.stores = [store for store in tracked.stores if not store.transfer.ended]
+        tracked.stores.append(_Store(transfer, tag))
+
+    def finished(self, request: Request) -> bool:
+        """The request has ended. True: hold its blocks until `Ends.saved` names it."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return False
+        del self._tracked[request.request_id]
+        if tracked.load is not None:  # vLLM holds its blocks until the load has ended
+            self._client.cancel(tracked.load)
+            return False
+        if tracked.fetch is not None:
+            tracked.fetch.release()
+            tracked.fetch = None
+        self._store(tracked, 1)
+        if not any(not store.transfer.done for store in tracked.stores):
+            return False
+        self._finishing[request.request_id] = (tracked, time.monotonic() + STORE_S)
+        return True
+
+    def _end_stores(self) -> None:
+        now = time.monotonic()
+        for request_id, (tracked, until) in list(self._finishing.items()):
+            pending = [store for store in tracked.stores if not store.transfer.done]
+            if pending and now < until:
+                continue
+            self.counts.failed_stores += sum(store.transfer.error is not None for store in tracked.stores)
+            self._give_up(tracked)
+            del self._finishing[request_id]
+            self._ends.saved.add(request_id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether vLLM must go on stepping, though it has nothing to compute."""
+        return bool(self._finishing or self._loading)
+
+    # ---------------------------------------------------------------- resets, figures, end
+
+    def reset(self) -> None:
+        """Weights may have changed: nothing that was computed before is found or stored any more."""
+        self._epoch += 1
+        for spec, namespace in list(self._registered.items()):
+            try:
+                self._registered[spec] = self._client.reset(namespace)
+            except FlexKVError as error:
+                logger.warning("a namespace is registered anew: %s", error)
+                del self._registered[spec]
+        for tracked in self._tracked.values():
+            if tracked.fetch is not None and tracked.load is None:
+                tracked.fetch.release()
+                tracked.fetch = None
+
+    def figures(self) -> Mapping[str, Any]:
+        """Counts, and the client's own."""
+        counts = {name: getattr(self.counts, name) for name in Counts.__slots__}
+        return {**counts, **{f"client_{name}": value for name, value in self._client.figures().items()}}
+
+    def take_events(self) -> Iterable[Any]:
+        """None yet that vLLM would not say itself."""
+        return ()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+NULL_BLOCK = 0
+"""vLLM's block that stands for none, as before a sliding window."""
