@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from flexkv_core.blocks import Namespace
-from flexkv_core.books import make_planner, open_books
+from flexkv_core.books import make_planner, open_books, open_epochs
 from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
 from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
 from flexkv_core.device import Device
@@ -60,7 +59,8 @@ class KVCacheManager:
         self._lock = threading.RLock()
         self._closed = False
         self._ranks: dict[bytes, Ranks] = {}
-        self._epochs: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace since the last reset
+        self._naming = threading.Lock()  # taken before `_lock`: registrations and resets, which wait for a disk
+        self._registered: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace now
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
@@ -69,6 +69,11 @@ class KVCacheManager:
             progress=progress,
             threads=opened.threads,
         )
+        try:
+            self._epochs, self._forgetful = open_epochs(stack.state_directory, opened)
+        except BaseException:
+            self._region.close()
+            raise
         self._books = opened.books
         self._planner = make_planner(
             opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size), index=stack.index
@@ -99,6 +104,7 @@ class KVCacheManager:
         Raises:
             StackConfigError: the stack is not usable; the text names the place and the fix.
             HostMemoryError: the cpu tier does not fit in this machine's memory.
+            DirectoryInUseError: another process holds the stack's `state_directory`.
             BackendNotFoundError, BackendLoadError: a tier's plug-in is missing or broken.
         """
         config = stack if isinstance(stack, StackConfig) else load_stack(stack)
@@ -147,7 +153,7 @@ class KVCacheManager:
             device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
                 the bytes that the model's groups say (`KVGroup.shards`).
 
-        Returns the namespace, since a reset that of the epoch that the reset began.
+        Returns the namespace, in the epoch that its last reset began, which may have been before a restart.
 
         Raises:
             LayoutError: a block does not fit in a tier, a device's blocks have other sizes, or the stack names
@@ -159,37 +165,58 @@ class KVCacheManager:
                 f"model {model.model!r}: block_size {model.block_size}, but the stack says {self._stack.block_size}: "
                 "make them equal, or leave it out of the stack"
             )
-        namespace = Namespace.of(model)
+        name = Namespace.of(model).root
         ranks = None
         if device is not None:
             ranks = Ranks.of(device if isinstance(device, Sequence) else [device], model)
-        with self._lock:
-            namespace = self._epochs.get(namespace.root, namespace)
-            self._planner.add_model(namespace.root, model.groups)
-            if ranks is not None:
-                self._ranks[namespace.root] = ranks
+        with self._naming:
+            namespace = self._registered.get(name) or Namespace.of(model, self._epochs.of(name))
+            with self._lock:
+                self._planner.add_model(namespace.root, model.groups)
+                self._registered[name] = namespace
+                if ranks is not None:
+                    self._ranks[namespace.root] = ranks
         return namespace
 
     def reset(self, namespace: Namespace) -> Namespace:
         """Move to a fresh epoch: from now on nothing that was cached under the old one is found or loaded.
 
         Deletes nothing: the old epoch's blocks are evicted first. What was stored, fetched or planned under the old one
-        and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices.
+        and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices, when
+        the new epoch is on disk, so that it outlives this process (`epochs.py`; if that fails, the reset counts all the
+        same, and `stats()["epochs"]["error"]` says why).
 
-        Raises UnknownNamespaceError for a namespace that is not registered, or was reset already.
+        Raises:
+            UnknownNamespaceError: the namespace is not registered, or was reset already.
+            StateError: nothing was reset, because a tier would serve the old blocks after a restart: it is persistent
+                (or has not said yet), and neither it nor the stack has a place to remember a reset.
         """
         self._check_open()
-        fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
-        with self._lock:
-            groups = self._planner.groups(namespace.root)
-            self._planner.retire(namespace.root)
-            self._planner.add_model(fresh.root, groups)
-            ranks = self._ranks.pop(namespace.root, None)
-            if ranks is not None:
-                self._ranks[fresh.root] = ranks
-            self._epochs[dataclasses.replace(namespace, epoch=b"").root] = fresh
+        name = dataclasses.replace(namespace, epoch=b"").root
+        with self._naming:
+            with self._lock:
+                groups = self._planner.groups(namespace.root)
+            self._check_remembered()
+            fresh = dataclasses.replace(namespace, epoch=self._epochs.renew(name))
+            with self._lock:
+                self._planner.retire(namespace.root)
+                self._planner.add_model(fresh.root, groups)
+                ranks = self._ranks.pop(namespace.root, None)
+                if ranks is not None:
+                    self._ranks[fresh.root] = ranks
+                self._registered[name] = fresh
         self._scheduler.call(self._fetches.reset, namespace.root)
         return fresh
+
+    def _check_remembered(self) -> None:
+        queues = self._scheduler.queues()
+        for number in self._forgetful:
+            said = queues[number].link.capabilities
+            if said is None or said.persistent:
+                raise StateError(
+                    f"tier {self._books[number].name} would serve the old blocks after a restart, as nothing would "
+                    "remember the reset: name a state_directory in the stack"
+                )
 
     # ---------------------------------------------------------------- lookups and fetches
 
@@ -318,6 +345,7 @@ class KVCacheManager:
             truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
             refused_blocks: blocks of stores for which host memory had no room that is not pinned.
             refused_stores: stores refused because `MAX_PENDING_STORES` were under way.
+            epochs: `error`: why the last reset is not on disk everywhere it should be, or None.
             verify: whether seals are checked.
         """
         with self._lock:
@@ -344,6 +372,7 @@ class KVCacheManager:
                 "pending_stores": self._copies.pending_stores,
                 "refused_blocks": self._planner.refused_blocks,
                 "refused_stores": self._copies.refused_stores,
+                "epochs": {"error": self._epochs.error},
                 "verify": self._verify,
             }
 
@@ -362,6 +391,7 @@ class KVCacheManager:
         clean = self._scheduler.close(CLOSE_SHARE * max(rest, 0.0))
         self._fetches.settle_all()
         self._copies.settle_all()
+        self._epochs.close()
         if clean:
             self._region.close()
         else:

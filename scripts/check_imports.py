@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what a backend's author reads, and helpers of bytes
     ("backend",),
     ("seal",),
-    ("region",),
+    ("region", "epochs"),
     # keys, geometry: no I/O
     ("blocks", "locks"),
     ("layout",),

@@ -80,6 +80,7 @@ def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
         "tiers": tiers,
         "pin_budget": dice.choice((0.3, 0.6, 0.9)),
         "pin_limit_s": dice.choice((0.03, 600.0)),
+        **({"state_directory": str(root / "state")} if kind.partition("+")[0] in ("kept", "slots", "staging") else {}),
     }
 
 

@@ -18,6 +18,7 @@ class Mutant(NamedTuple):
 
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
+EPOCHS = "test_epochs.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
@@ -406,10 +407,42 @@ MUTANTS = [
     Mutant(
         "registered_into_old_epoch",
         "manager.py",
-        "            namespace = self._epochs.get(namespace.root, namespace)\n",
-        "",
+        "            namespace = self._registered.get(name) or Namespace.of(model, self._epochs.of(name))\n",
+        "            namespace = Namespace.of(model)\n",
         "a model registered after a reset gets the new epoch",
         RESET,
+    ),
+    Mutant(
+        "reset_not_written",
+        "epochs.py",
+        "        self._record.own[root] = _fresh()\n        self._keep()\n",
+        "        self._record.own[root] = _fresh()\n",
+        "a reset outlives the process",
+        EPOCHS,
+    ),
+    Mutant(
+        "old_record_stays",
+        "epochs.py",
+        "                    place.spoil()\n",
+        "                    pass\n",
+        "a reset that cannot be written leaves no old record behind",
+        EPOCHS,
+    ),
+    Mutant(
+        "lost_record_is_a_first_start",
+        "epochs.py",
+        "                if place.take():\n",
+        "                if place.take() and place.read() is not None:\n",
+        "a record that is gone is not believed",
+        EPOCHS,
+    ),
+    Mutant(
+        "forgetful_tier_reset",
+        "manager.py",
+        "            self._check_remembered()\n",
+        "",
+        "a tier that cannot remember a reset is not reset",
+        EPOCHS,
     ),
     Mutant(
         "close_forgets_transfers",
