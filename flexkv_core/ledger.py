@@ -326,7 +326,7 @@ class Ledger:
             tier.counters.stored_blocks += int(taken.sum())
 
     def forget(self, tier: TierBook, move: Move) -> None:
-        """Drop a lower tier's copies that were missing or corrupt."""
+        """Drop a lower tier's copies that were missing, corrupt or given up."""
         if move.generation != tier.generation:
             return
         if tier.presence is not None:
@@ -349,6 +349,7 @@ class Ledger:
         tier = self.tiers[number]
         tier.generation += 1
         tier.debris_bytes = 0
+        tier.failures.clear()
         if tier.presence is not None:
             tier.presence.clear()
         elif tier.pool is not None and tier.column is not None:

@@ -206,18 +206,22 @@ class Planner:
         self._pins.coming -= move.nbytes
 
     def finish_read(self, move: Move, outcome: npt.NDArray[np.uint8]) -> Deletion | None:
-        """Commit what came back good, forget what was not there or corrupt; feed the fetches that wait.
+        """Commit what came back good, forget what was not there, corrupt or given up; feed the fetches that wait.
 
-        `outcome` holds an `Outcome` a block. Returns what a key-addressed tier should delete (corrupt copies).
+        `outcome` holds an `Outcome` a block. Returns what a key-addressed tier should delete: corrupt copies, and
+        those that were given up if its capacity is ours.
         """
         ledger, tier = self._ledger, self.tiers[move.tier]
         counters = tier.counters
         good, corrupt = outcome == Outcome.GOOD, outcome == Outcome.CORRUPT
-        gone = corrupt | (outcome == Outcome.MISSING)
+        failed = outcome == Outcome.FAILED
+        given_up = tier.failures.note(move.block_keys, move.groups, good, failed)
+        gone = corrupt | given_up | (outcome == Outcome.MISSING)
         counters.bytes_read += int(move.slot_bytes[good | corrupt].sum())
         counters.corrupt_blocks += int(corrupt.sum())
         counters.missing_blocks += int((outcome == Outcome.MISSING).sum())
-        counters.failed_blocks += int((outcome == Outcome.FAILED).sum())
+        counters.failed_blocks += int((failed | (outcome == Outcome.UNREAD)).sum())
+        counters.given_up_blocks += int(given_up.sum())
         self._arrived(move)
         ledger.let_go(tier, move)
         ledger.forget(tier, move.part(gone))
@@ -225,9 +229,11 @@ class Planner:
         ledger.host_pool.free(move.host_slots[~good])
         for fetch in self._fetches:
             self._feed(fetch, move)
-        if tier.presence is None or not corrupt.any() or move.generation != tier.generation:
+        if tier.presence is None or move.generation != tier.generation:
             return None
-        bad = move.part(corrupt)
+        bad = move.part(corrupt | given_up if tier.presence.capacity_bytes is not None else corrupt)
+        if not len(bad):
+            return None
         tier.debris_bytes += bad.nbytes
         return Deletion(move.tier, bad.block_keys, bad.groups, bad.slot_bytes)
 

@@ -27,6 +27,8 @@ class Outcome(enum.IntEnum):
     MISSING = 1
     FAILED = 2
     CORRUPT = 3
+    UNREAD = 4
+    """It was not asked for, or the tier itself was failing: that says nothing of the block."""
 
 
 @dataclass(slots=True, eq=False)

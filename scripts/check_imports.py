@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tier_worker", "ledger"),
     ("tier_wire", "plans", "tier_book", "pins"),
     # what is where
-    ("presence",),
+    ("presence", "failures"),
     ("index",),
     ("pool",),
     ("model_groups",),

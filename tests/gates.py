@@ -48,6 +48,7 @@ class Gate:
         self.most_bytes = 0
         self.failing: set[str] = set()
         self.failing_once: set[str] = set()
+        self.unreadable: set[bytes] = set()  # keys
         self._bytes = 0
         self._closed: set[str] = set()
         self._changed = threading.Condition()
@@ -110,7 +111,9 @@ class GateBackend(fk.Backend):
 
     def read(self, batch: fk.Batch) -> Sequence[fk.Status]:
         self.gate.enter("read", batch)
-        return [self._read(*block) for block in self._blocks(batch)]
+        bad = [key.tobytes() in self.gate.unreadable for key in batch.keys]
+        blocks = zip(self._blocks(batch), bad, strict=True)
+        return [fk.Status.FAILED if unreadable else self._read(*block) for block, unreadable in blocks]
 
     def write(self, batch: fk.Batch) -> Sequence[fk.Status]:
         self.gate.enter("write", batch)

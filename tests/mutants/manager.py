@@ -18,7 +18,7 @@ class Mutant(NamedTuple):
 
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
-EPOCHS = "test_epochs.py"
+EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
@@ -411,6 +411,30 @@ MUTANTS = [
         "            namespace = Namespace.of(model)\n",
         "a model registered after a reset gets the new epoch",
         RESET,
+    ),
+    Mutant(
+        "unreadable_copies_stay",
+        "planner.py",
+        "gone = corrupt | given_up | (outcome == Outcome.MISSING)",
+        "gone = corrupt | (outcome == Outcome.MISSING)",
+        "a copy that cannot be read is given up",
+        FAILURES,
+    ),
+    Mutant(
+        "lost_link_gives_up",
+        "reading.py",
+        "            if not queue.health.sound:\n",
+        "            if queue.health is None:\n",
+        "a tier that goes away under its calls forgets nothing",
+        FAILURES,
+    ),
+    Mutant(
+        "outage_gives_up",
+        "failures.py",
+        "            elif self._well:\n",
+        "            else:\n",
+        "an outage forgets nothing",
+        FAILURES,
     ),
     Mutant(
         "reset_not_written",
