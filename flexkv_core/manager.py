@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,14 @@ from flexkv_core.books import make_planner, open_books, open_epochs
 from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
 from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
 from flexkv_core.device import Device
-from flexkv_core.errors import KeyInputError, KeyTypeError, LayoutError, ManagerClosedError, StateError
+from flexkv_core.errors import (
+    KeyInputError,
+    KeyTypeError,
+    LayoutError,
+    ManagerClosedError,
+    StateError,
+    UnknownNamespaceError,
+)
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
@@ -41,6 +49,8 @@ DEFAULT_FETCH_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 5.0
 IN_FLIGHT_BYTES = 64 << 20
 """What calls of one tier under way may move, or a quarter of host memory where that is more."""
+MOST_IDLE_NAMESPACES = 1024
+"""Registered without a device: beyond that many, the one that was not used for longest is unregistered."""
 CLOSE_SHARE = 0.8
 """Of the time that is left to close a tier; what remains of it is for killing and reaping one that hangs."""
 
@@ -61,6 +71,7 @@ class KVCacheManager:
         self._ranks: dict[bytes, Ranks] = {}
         self._naming = threading.Lock()  # taken before `_lock`: registrations and resets, which wait for a disk
         self._registered: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace now
+        self._idle: OrderedDict[bytes, Namespace] = OrderedDict()  # root -> one without a device; the latest used last
         opened = open_books(stack)
         self._region = HostRegion.create(
             opened.host_bytes,
@@ -151,7 +162,8 @@ class KVCacheManager:
         Args:
             model: groups and block bytes.
             device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
-                the bytes that the model's groups say (`KVGroup.shards`).
+                the bytes that the model's groups say (`KVGroup.shards`). Namespaces without one are unregistered, the
+                least recently used first, when there are more than `MOST_IDLE_NAMESPACES`.
 
         Returns the namespace, in the epoch that its last reset began, which may have been before a restart.
 
@@ -176,7 +188,53 @@ class KVCacheManager:
                 self._registered[name] = namespace
                 if ranks is not None:
                     self._ranks[namespace.root] = ranks
+                self._note_idle(namespace)
         return namespace
+
+    def unregister(self, namespace: Namespace) -> None:
+        """Say that a model or an adapter is not used any more: its devices are let go.
+
+        Its blocks stay cached until they are evicted, and `register` finds them again; until then the namespace may
+        be unknown. Transfers under way end as if nothing had been said: wait for them before device memory goes.
+
+        Raises UnknownNamespaceError for a namespace that is not registered, or was reset.
+        """
+        self._check_open()
+        name = _name_of(namespace)
+        with self._naming, self._lock:
+            if self._registered.get(name) != namespace:
+                raise UnknownNamespaceError("this namespace is not registered or was reset: nothing to unregister")
+            self._forget(name, namespace)
+
+    def _note_idle(self, namespace: Namespace) -> None:
+        """A namespace was registered or reset (under both locks): keep those without a device bounded."""
+        if namespace.root in self._ranks:
+            self._idle.pop(namespace.root, None)
+            return
+        self._idle[namespace.root] = namespace
+        self._idle.move_to_end(namespace.root)
+        if len(self._idle) > MOST_IDLE_NAMESPACES:
+            oldest = next(iter(self._idle.values()))
+            self._forget(_name_of(oldest), oldest)
+
+    def _forget(self, name: bytes, namespace: Namespace) -> None:
+        """Unregister, under both locks. What was called before goes first: the owner thread may not have begun it."""
+        root = namespace.root
+        del self._registered[name]
+        self._ranks.pop(root, None)
+        self._idle.pop(root, None)
+
+        def leave() -> None:
+            with self._lock:
+                if self._registered.get(name) != namespace:
+                    self._planner.leave(root)
+
+        self._scheduler.call(leave)
+
+    def _used(self, root: bytes) -> None:
+        """Under the lock."""
+        if root in self._idle:
+            self._idle.move_to_end(root)
 
     def reset(self, namespace: Namespace) -> Namespace:
         """Move to a fresh epoch: from now on nothing that was cached under the old one is found or loaded.
@@ -192,7 +250,7 @@ class KVCacheManager:
                 (or has not said yet), and neither it nor the stack has a place to remember a reset.
         """
         self._check_open()
-        name = dataclasses.replace(namespace, epoch=b"").root
+        name = _name_of(namespace)
         with self._naming:
             with self._lock:
                 groups = self._planner.groups(namespace.root)
@@ -205,6 +263,8 @@ class KVCacheManager:
                 if ranks is not None:
                     self._ranks[fresh.root] = ranks
                 self._registered[name] = fresh
+                self._idle.pop(namespace.root, None)
+                self._note_idle(fresh)
         self._scheduler.call(self._fetches.reset, namespace.root)
         return fresh
 
@@ -229,6 +289,7 @@ class KVCacheManager:
         self._check_open()
         keys = _checked_keys(keys)
         with self._lock:
+            self._used(namespace.root)
             blocks, host_blocks = self._planner.lookup(namespace.root, keys)
             pending = any(queue.link.state == "starting" for queue in self._scheduler.queues().values())
         return Lookup(blocks, host_blocks, pending and blocks < len(keys))
@@ -241,16 +302,21 @@ class KVCacheManager:
         memory can hold beside other pins, or than the stack's `pin_budget` leaves, is truncated. A fetch that is not
         released within `pin_limit_s` loses its pins, and can no longer be loaded.
         """
-        self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=True)
+        return self._fetch(namespace.root, keys, deadline_s, keep=True)
 
     def prefetch(self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S) -> Fetch:
         """A fetch that nobody waits for: it gives way to others and pins nothing once it is done.
 
         The handle may be dropped, or cancelled.
         """
+        return self._fetch(namespace.root, keys, deadline_s, keep=False)
+
+    def _fetch(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool) -> Fetch:
         self._check_open()
-        return self._fetches.start(namespace.root, _checked_keys(keys), _seconds(deadline_s), keep=False)
+        keys = _checked_keys(keys)
+        with self._lock:
+            self._used(root)
+            return self._fetches.start(root, keys, _seconds(deadline_s), keep=keep)
 
     # ---------------------------------------------------------------- copies
 
@@ -400,6 +466,11 @@ class KVCacheManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this manager was closed: open another one")
+
+
+def _name_of(namespace: Namespace) -> bytes:
+    """What names it in all epochs: its root without one."""
+    return dataclasses.replace(namespace, epoch=b"").root
 
 
 def _checked_keys(keys: Keys) -> Keys:

@@ -70,6 +70,10 @@ class Planner:
         """End an epoch: nothing of it matches or commits any more; O(1)."""
         self._ledger.retire(root)
 
+    def leave(self, root: bytes) -> None:
+        """Nobody uses a namespace any more: forgotten when nothing of it is left, unless it is added again before."""
+        self._ledger.leave(root)
+
     def is_live(self, root: bytes, epoch: int | None = None) -> bool:
         """Whether a namespace is in use, and was not reset since `epoch`."""
         return self._ledger.live(root, epoch) is not None
@@ -85,7 +89,7 @@ class Planner:
 
     @property
     def namespaces(self) -> int:
-        """How many are known: in use, or reset with copies that have not been evicted yet."""
+        """How many are known: in use, or reset or left with copies that have not been evicted yet."""
         return len(self._ledger.models)
 
     def lose_tier(self, number: int) -> None:
@@ -109,6 +113,7 @@ class Planner:
     def begin_fetch(self, root: bytes, keys: Keys) -> FetchPlan:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
+        model.plans += 1
         sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
         blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
@@ -118,6 +123,7 @@ class Planner:
         plan = FetchPlan(
             root,
             keys,
+            model.epoch,
             model.coverages,
             tuple(group.slot_bytes for group in model.groups),
             blocks,
@@ -275,6 +281,7 @@ class Planner:
         hits = {tier.number: int((served == tier.number).sum()) for tier in self.tiers}
         for tier in self.tiers if fetch.counted else ():
             tier.counters.hit_blocks += hits[tier.number]
+        self._ledger.end_plan(fetch.root, fetch.epoch)
         return hits
 
     def release(self, fetch: FetchPlan) -> None:
@@ -294,6 +301,7 @@ class Planner:
         """
         ledger = self._ledger
         model = ledger.model(root)
+        model.plans += 1
         held = np.zeros(offered.shape, np.bool_)
         for group in range(len(model.groups)):
             held[group] = ledger.holds(ledger.host, root, keys, group)
@@ -331,9 +339,11 @@ class Planner:
         ledger.commit(ledger.host, stored, plan.slots)
         writes = self.down.plan(model, plan.root, plan.keys)
         ledger.unpin_host(plan.root, plan.keys, plan.kept)
+        ledger.end_plan(plan.root, plan.epoch)
         return writes
 
     def abort_store(self, plan: StorePlan) -> None:
         """Give back what the store had booked; nothing becomes visible."""
         self._ledger.host_pool.free(plan.slots)
         self._ledger.unpin_host(plan.root, plan.keys, plan.kept)
+        self._ledger.end_plan(plan.root, plan.epoch)

@@ -125,10 +125,12 @@ class FetchPlan:
         open: False once nothing more may be pinned for it (deadline, release).
         truncated: the prefix was held further than the budget of pins allows.
         counted: its blocks are hits: somebody will use them. False for a prefetch.
+        epoch: of the namespace's registration.
     """
 
     root: bytes
     keys: Keys
+    epoch: int
     coverages: tuple[Coverage, ...]
     slot_sizes: tuple[int, ...]
     blocks: int

@@ -19,6 +19,7 @@ class Mutant(NamedTuple):
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
 EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
+NAMESPACES = "test_manager_namespaces.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
@@ -435,6 +436,38 @@ MUTANTS = [
         "            else:\n",
         "an outage forgets nothing",
         FAILURES,
+    ),
+    Mutant(
+        "left_while_stored",
+        "ledger.py",
+        "not (self.models[root].plans or self.index.has_copies(root))",
+        "not self.index.has_copies(root)",
+        "a store under way of a namespace that is unregistered ends well",
+        NAMESPACES,
+    ),
+    Mutant(
+        "left_for_ever",
+        "ledger.py",
+        "        if (self._retired or self._leaving) and len(evicted.roots):\n",
+        "        if self._retired and len(evicted.roots):\n",
+        "what nobody uses is forgotten with its last copy",
+        NAMESPACES,
+    ),
+    Mutant(
+        "leaves_before_what_was_called",
+        "manager.py",
+        "        self._scheduler.call(leave)\n",
+        "        leave()\n",
+        "a store called before a namespace is unregistered ends well",
+        NAMESPACES,
+    ),
+    Mutant(
+        "idle_unbounded",
+        "manager.py",
+        "        if len(self._idle) > MOST_IDLE_NAMESPACES:\n",
+        "        if not self._idle:\n",
+        "namespaces without a device are bounded",
+        NAMESPACES,
     ),
     Mutant(
         "reset_not_written",
