@@ -329,15 +329,19 @@ class Ledger:
             tier.generation,
         )
 
-    def commit(self, tier: TierBook, move: Move, slots: Slots) -> None:
-        """Insert copies into a slot-addressed tier's column; duplicates and old epochs give their slots back."""
+    def commit(self, tier: TierBook, move: Move, slots: Slots) -> Mask:
+        """Insert copies into a slot-addressed tier's column; duplicates and old epochs give their slots back.
+
+        Returns (len(move),) bool: which are new.
+        """
         assert tier.pool is not None
         assert tier.column is not None
+        new = np.zeros(len(move), np.bool_)
         if not len(move):
-            return
+            return new
         if self.live(move.root, move.epoch) is None:
             tier.pool.free(slots)
-            return
+            return new
         self._tell_time()
         for group in distinct(move.groups):
             chosen = move.groups == group
@@ -346,7 +350,9 @@ class Ledger:
             spread[at] = mine
             taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, group, spread)[at]
             tier.pool.free(mine[~taken])
-            tier.counters.stored_blocks += int(taken.sum())
+            new[chosen] = taken
+        tier.counters.stored_blocks += int(new.sum())
+        return new
 
     def forget(self, tier: TierBook, move: Move) -> None:
         """Drop a lower tier's copies that were missing, corrupt or given up."""

@@ -284,6 +284,17 @@ class Planner:
         self._ledger.end_plan(fetch.root, fetch.epoch)
         return hits
 
+    def sink_hits(self, fetch: FetchPlan) -> list[Move]:
+        """The blocks of a fetch that was closed were used: return the writes to lower tiers that admit them for it.
+
+        To be called once, before `release`.
+        """
+        model = self._ledger.live(fetch.root, fetch.epoch)
+        ready = self.ready(fetch) if fetch.counted else 0
+        if model is None or not ready:
+            return []
+        return self.down.plan_hits(model, fetch.root, fetch.keys[:ready], fetch.pinned[:, :ready])
+
     def release(self, fetch: FetchPlan) -> None:
         """Take back the fetch's pins. Safe to call twice."""
         self.close_fetch(fetch)
@@ -336,8 +347,10 @@ class Planner:
             self.abort_store(plan)
             return []
         stored = ledger.move(model, plan.root, plan.keys, ledger.host, plan.positions, plan.groups, plan.slots, None)
-        ledger.commit(ledger.host, stored, plan.slots)
-        writes = self.down.plan(model, plan.root, plan.keys)
+        new = ledger.commit(ledger.host, stored, plan.slots)
+        touched = np.zeros_like(plan.kept)
+        touched[plan.groups[new], plan.positions[new]] = True
+        writes = self.down.plan(model, plan.root, plan.keys, touched)
         ledger.unpin_host(plan.root, plan.keys, plan.kept)
         ledger.end_plan(plan.root, plan.epoch)
         return writes

@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
 EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
-NAMESPACES = "test_manager_namespaces.py"
+NAMESPACES, ADMISSION = "test_manager_namespaces.py", "test_admission.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
@@ -436,6 +436,30 @@ MUTANTS = [
         "            else:\n",
         "an outage forgets nothing",
         FAILURES,
+    ),
+    Mutant(
+        "stores_touch_what_is_held",
+        "planner.py",
+        "        touched[plan.groups[new], plan.positions[new]] = True\n",
+        "        touched[:] = True\n",
+        "a growing request touches its blocks once",
+        ADMISSION,
+    ),
+    Mutant(
+        "duplicates_touch",
+        "planner.py",
+        "touched[plan.groups[new], plan.positions[new]]",
+        "touched[plan.groups, plan.positions]",
+        "stores that overlap touch once",
+        ADMISSION,
+    ),
+    Mutant(
+        "hits_do_not_sink",
+        "fetching.py",
+        "        self._scheduler.submit_writes(writes)\n",
+        "",
+        "what a fetch has found is admitted for it",
+        ADMISSION,
     ),
     Mutant(
         "left_while_stored",
