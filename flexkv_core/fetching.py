@@ -108,7 +108,7 @@ class Fetches:
         self._waiting.discard(fetch)
         fetch.timers[0].cancel()
         fetch.settle()
-        self._scheduler.submit_writes(writes)
+        self._scheduler.writing.submit(writes)
         if waited:  # else a tier that is slow or hangs would book host memory for reads that nobody wants any more
             self._scheduler.reading.withdraw()
         if not fetch.keep:

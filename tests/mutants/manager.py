@@ -19,6 +19,7 @@ class Mutant(NamedTuple):
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
 EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
+LINES = "test_manager_lines.py"
 NAMESPACES, ADMISSION = "test_manager_namespaces.py", "test_admission.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
@@ -456,10 +457,66 @@ MUTANTS = [
     Mutant(
         "hits_do_not_sink",
         "fetching.py",
-        "        self._scheduler.submit_writes(writes)\n",
+        "        self._scheduler.writing.submit(writes)\n",
         "",
         "what a fetch has found is admitted for it",
         ADMISSION,
+    ),
+    Mutant(
+        "goes_on_without_room",
+        "writing.py",
+        "        if started is None:\n            self._drop_descendants(queue, move)\n",
+        "        if started is None:\n",
+        "what continues a write that found no room is dropped",
+        LINES,
+    ),
+    Mutant(
+        "goes_on_with_room_for_a_part",
+        "writing.py",
+        "            self._drop_descendants(queue, move.part(slice(len(started), None)))\n",
+        "            pass\n",
+        "what continues a write that found room in part is dropped",
+        LINES,
+    ),
+    Mutant(
+        "goes_on_when_refused",
+        "writing.py",
+        "        self._drop(move)\n        self._drop_descendants(queue, move)\n",
+        "        self._drop(move)\n",
+        "what continues a write that was refused at its turn is dropped",
+        LINES,
+    ),
+    Mutant(
+        "full_queue_keeps_the_tail",
+        "writing.py",
+        "fits = np.cumsum(move.slot_bytes) <= room",
+        "fits = np.cumsum(move.slot_bytes)[::-1] <= room",
+        "what continues a block that a full queue dropped is dropped",
+        LINES,
+    ),
+    Mutant(
+        "withdrawn_though_awaited",
+        "reading.py",
+        "            if not unwanted.all():\n",
+        "            if not unwanted.any():\n",
+        "a read that others wait for in part is not withdrawn",
+        LINES,
+    ),
+    Mutant(
+        "last_fetch_decides",
+        "planner.py",
+        "                wanted |= self.awaits(fetch, move)\n",
+        "                wanted = self.awaits(fetch, move)\n",
+        "a read that any fetch waits for is not withdrawn",
+        LINES,
+    ),
+    Mutant(
+        "withdrawn_whole",
+        "reading.py",
+        "self._planner.drop_read(move.part(unwanted))",
+        "self._planner.drop_read(move)",
+        "of a read that others wait for, only the rest is withdrawn",
+        LINES,
     ),
     Mutant(
         "left_while_stored",
