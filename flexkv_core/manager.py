@@ -20,7 +20,7 @@ import numpy as np
 
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books, open_epochs
-from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
+from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_to_open
 from flexkv_core.copying import Copies, DeviceBlocks, Ranks, by_group, check_blocks
 from flexkv_core.device import Device
 from flexkv_core.errors import (
@@ -108,7 +108,8 @@ class KVCacheManager:
         """Open a stack.
 
         Args:
-            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`.
+            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`. The file may be a flat one,
+                which means what it means to FlexKV's users: variables set what it does not.
             verify: check seals of what lower tiers return. Off only to prove that the check matters.
             progress: called with (bytes done, bytes in all) while host memory is pre-faulted.
 
@@ -118,8 +119,12 @@ class KVCacheManager:
             DirectoryInUseError: another process holds the stack's `state_directory`.
             BackendNotFoundError, BackendLoadError: a tier's plug-in is missing or broken.
         """
-        config = stack if isinstance(stack, StackConfig) else load_stack(stack)
-        return cls(config, verify=verify, progress=progress)
+        if isinstance(stack, StackConfig):
+            return cls(stack, verify=verify, progress=progress)
+        loaded = load_to_open(stack)
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+        return cls(loaded.stack, verify=verify, progress=progress)
 
     def __enter__(self) -> Self:
         return self
