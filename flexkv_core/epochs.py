@@ -127,7 +127,7 @@ class Epochs:
         media: on the media of tiers. Without any directory the record is kept in memory only.
 
     Attributes:
-        error: why the last reset could not be written down everywhere, or None.
+        error: why the record, since the last reset or the start, is not everywhere, or None.
 
     Raises DirectoryInUseError if another process holds `directory`; one of `media` that is held is that tier's matter.
     """
@@ -188,8 +188,8 @@ class Epochs:
         for place in self._places:
             try:
                 place.write(content)
-            except DirectoryInUseError:  # so is the tier: nothing of ours is there, and what we shall call it is new
-                continue
+            except DirectoryInUseError as error:  # so is the tier: nothing of ours is there, and ours has another epoch
+                self.error = str(error)
             except OSError as error:
                 self.error = f"{place}: {error}"
                 try:
