@@ -49,7 +49,7 @@ class RepeatedFailures:
         """
         well = bool(good.any())
         given_up = np.zeros(len(groups), np.bool_)
-        if not failed.all():
+        if (self._failures or self._suspects) and not failed.all():
             self._forget(keys[~failed], groups[~failed])
         for block in self._suspects if well else ():
             self._count(block)
