@@ -158,7 +158,7 @@ def test_a_server_that_was_killed_is_missed_at_once_and_found_again(tmp_path: Pa
         until(lambda: fetch.released)
         assert fetch.why == "server"
         transfer = cache.load(fetch, SECOND)
-        assert (transfer.done, transfer.error) == (True, "the fetch was server")
+        assert (transfer.done, transfer.error) == (True, "the fetch was lost with the server")
         assert cache.lookup(model, prefix).blocks == 0
         assert cache.fetch(model, prefix).done
         assert cache.store(model, prefix, FIRST).error == client.AWAY

@@ -17,7 +17,7 @@ import pytest
 from server_rig import CPU_ONLY, SPEC, until
 
 from flexkv_core.errors import DirectoryInUseError, ServerAwayError, SocketPathError
-from flexkv_core.server import client, connect
+from flexkv_core.server import connect, starter
 from flexkv_core.server.launch import answers, embedded, ensure_server
 from flexkv_core.server.paths import LONGEST_PATH, PathLock, server_lock, socket_path
 
@@ -167,7 +167,7 @@ def test_an_embedded_server_ends_after_its_last_client(tmp_path: Path) -> None:
 
 
 def test_an_embedded_server_that_was_killed_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "START_AFTER_S", 0.05)
+    monkeypatch.setattr(starter, "AFTER_S", 0.05)
     with embedded(STACK, tmp_path / "s", linger_s=0.3) as cache:
         model = cache.register(SPEC)
         pid = cache.stats()["server"]["pid"]
