@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,31 @@ class Server:
     def stop(self, *_: Any) -> None:
         """Have `run` drain and return. Any thread, and signal handlers."""
         self._stop.set()
+
+    @contextlib.contextmanager
+    def stopped_by(self, *signals: signal.Signals) -> Iterator[None]:
+        """Stop when one of these comes.
+
+        The system may hand a signal to any thread, and Python's handlers run in the main one, which sleeps: so it is
+        the owner thread that is told, through a socket.
+        """
+        told, telling = socket.socketpair()
+        with told, telling:
+            told.setblocking(False)
+            telling.setblocking(False)
+
+            def came() -> None:
+                if set(told.recv(64)) & set(signals):
+                    self.stop()
+
+            self._loop.call_soon_threadsafe(self._loop.add_reader, told, came)
+            for number in signals:
+                signal.signal(number, lambda *_: None)
+            before = signal.set_wakeup_fd(telling.fileno())
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(before)
 
     def _listen(self) -> None:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -390,8 +415,7 @@ def run(config: LoadedConfig, path: Path, *, linger_s: float | None) -> int:
     """
     with server_lock(path):
         server = Server(config, path, linger_s)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
         began = time.monotonic()
-        server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
+        with server.stopped_by(signal.SIGTERM, signal.SIGINT):
+            server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
     return 0
