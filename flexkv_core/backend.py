@@ -315,6 +315,14 @@ class BackendConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     _hidden: frozenset[str] = PrivateAttr(default=frozenset())
 
+    def epoch_directory(self) -> Path | None:
+        """A directory on the tier's own medium that the core may have for its record of resets: a file of up to 120 KB.
+
+        It must live exactly as long as the tier's blocks; the core makes it (0700) and locks it. None where the medium
+        has no directory: a stack with such a tier, if it is persistent, needs `state_directory` to be reset.
+        """
+        return None
+
     def hide_in_repr(self, fields: Iterable[str]) -> None:
         """Have the repr mask these fields: the core calls it for what came from a `${NAME}` reference."""
         self._hidden = frozenset(fields)
@@ -336,6 +344,7 @@ class BackendSpec:
         addressing: as in the backend's capabilities; needed before the backend exists.
         hosts: True if the tier may live in the host region itself when it is the first of the stack; the core
             then sizes the region by its capacity and no backend runs for it.
+        persistent: False if the capabilities never say so: then nothing need be known after a restart.
     """
 
     name: str
@@ -344,6 +353,7 @@ class BackendSpec:
     contract_version: int
     addressing: Literal["slot", "key"]
     hosts: bool = False
+    persistent: bool = True
     extra: Mapping[str, str] = field(default_factory=dict)
 
 

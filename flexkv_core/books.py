@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flexkv_core.config import Capacity, StackConfig, TierConfig
 from flexkv_core.config.stack import IndexName
+from flexkv_core.epochs import Epochs
 from flexkv_core.errors import PolicyError, StackConfigError
 from flexkv_core.index import Index
 from flexkv_core.index.native import NativeIndex
 from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.ledger import Clock, monotonic_microseconds
 from flexkv_core.planner import Planner
+from flexkv_core.plans import HOST
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.admission import GuardedAdmission, make_admission
 from flexkv_core.pool import SlotPool
@@ -103,6 +106,22 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
         prefault=bool(getattr(options, "prefault", True)),
         threads=getattr(options, "threads", None),
     )
+
+
+def open_epochs(directory: Path | None, opened: OpenedBooks) -> tuple[Epochs, list[int]]:
+    """Open the record of resets, in `directory` and on the media of the lower tiers.
+
+    Returns it, and the numbers of the tiers whose blocks it does not live as long as, if they outlive this process.
+
+    Raises DirectoryInUseError if another process holds `directory`.
+    """
+    media, forgetful = [], []
+    for number, tier in enumerate(opened.lower, HOST + 1):
+        if (medium := tier.options.epoch_directory()) is not None:
+            media.append(medium)
+        elif tier.persistent and directory is None:
+            forgetful.append(number)
+    return Epochs(directory and directory / "epochs", media), forgetful
 
 
 def extent_bytes(capacity: int) -> int:

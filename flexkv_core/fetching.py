@@ -108,10 +108,12 @@ class Fetches:
         with self._lock:
             served = self._planner.close_fetch(fetch.plan)
             fetch.ready = self._planner.ready(fetch.plan)
+            writes = self._planner.sink_hits(fetch.plan)
         fetch.sources = {self._planner.tiers[number].name: blocks for number, blocks in served.items()}
         self._waiting.discard(fetch)
         fetch.timers[0].cancel()
         fetch.settle()
+        self._scheduler.writing.submit(writes)
         if waited:  # else a tier that is slow or hangs would book host memory for reads that nobody wants any more
             self._scheduler.reading.withdraw()
         if not fetch.keep:

@@ -43,12 +43,14 @@ class Model:
         classes: number of a slot-addressed tier -> the slot class there of each group.
         epoch: differs from that of every other registration, also of the same root: what was planned before a reset
             commits to nothing that came after it.
+        plans: fetches and stores under way.
     """
 
     groups: tuple[KVGroup, ...]
     classes: dict[int, list[int]]
     epoch: int
     retired: bool = False
+    plans: int = 0
 
     @property
     def coverages(self) -> tuple[Coverage, ...]:
@@ -100,6 +102,7 @@ class Ledger:
         self.models: dict[bytes, Model] = {}
         self._columns = sorted((t for t in tiers if t.column is not None), key=lambda t: t.column or 0)
         self._retired: set[bytes] = set()
+        self._leaving: set[bytes] = set()
         self._epochs = itertools.count(1)
         self._clock = clock
         self._timed = any(tier.eviction.hit_reward_seconds for tier in tiers)
@@ -122,6 +125,7 @@ class Ledger:
         self.index.add_namespace(root, rules)
         if root not in self.models:
             self.models[root] = Model(tuple(groups), classes, next(self._epochs))
+        self._leaving.discard(root)
         smallest = min(group.slot_bytes for group in groups)
         for tier in self.lower:
             if tier.admission is not None and tier.capacity_bytes is not None:
@@ -131,8 +135,25 @@ class Ledger:
         """End an epoch: nothing of it matches or commits any more. Forgotten when its last copy is gone."""
         self.model(root).retired = True
         self.index.retire_namespace(root)
+        self._leaving.discard(root)
         self._retired.add(root)
         self._drop_forgotten((root,))
+
+    def leave(self, root: bytes) -> None:
+        """Nobody uses a namespace any more: it is forgotten when its last copy is gone, and its last plan.
+
+        Until then it is as it was, and adding it again takes this back.
+        """
+        if self.live(root) is not None:
+            self._leaving.add(root)
+            self._drop_forgotten((root,))
+
+    def end_plan(self, root: bytes, epoch: int) -> None:
+        """A fetch or a store has ended that was counted in `Model.plans`."""
+        model = self.models.get(root)
+        if model is not None and model.epoch == epoch:
+            model.plans -= 1
+            self._drop_forgotten((root,))
 
     def model(self, root: bytes) -> Model:
         """The model of a namespace in use. Raises UnknownNamespaceError for others."""
@@ -149,9 +170,11 @@ class Ledger:
         return model
 
     def _drop_forgotten(self, roots: Iterable[bytes]) -> None:
-        """Of these retired namespaces, drop what the index has forgotten."""
+        """Of these namespaces, drop those that were retired or left, and of which nothing is left."""
         for root in roots:
-            if root in self._retired and not self.index.has_namespace(root):
+            if root in self._leaving and not (self.models[root].plans or self.index.has_copies(root)):
+                self.retire(root)
+            elif root in self._retired and not self.index.has_namespace(root):
                 self._retired.discard(root)
                 del self.models[root]
 
@@ -272,7 +295,7 @@ class Ledger:
         assert tier.pool is not None
         tier.pool.free(evicted.slots)
         tier.counters.evicted_blocks += len(evicted.slots)
-        if self._retired and len(evicted.roots):
+        if (self._retired or self._leaving) and len(evicted.roots):
             changes = np.flatnonzero((evicted.roots[1:] != evicted.roots[:-1]).any(axis=1)) + 1
             self._drop_forgotten({evicted.roots[at].tobytes() for at in (0, *changes)})
 
@@ -306,15 +329,19 @@ class Ledger:
             tier.generation,
         )
 
-    def commit(self, tier: TierBook, move: Move, slots: Slots) -> None:
-        """Insert copies into a slot-addressed tier's column; duplicates and old epochs give their slots back."""
+    def commit(self, tier: TierBook, move: Move, slots: Slots) -> Mask:
+        """Insert copies into a slot-addressed tier's column; duplicates and old epochs give their slots back.
+
+        Returns (len(move),) bool: which are new.
+        """
         assert tier.pool is not None
         assert tier.column is not None
+        new = np.zeros(len(move), np.bool_)
         if not len(move):
-            return
+            return new
         if self.live(move.root, move.epoch) is None:
             tier.pool.free(slots)
-            return
+            return new
         self._tell_time()
         for group in distinct(move.groups):
             chosen = move.groups == group
@@ -323,10 +350,12 @@ class Ledger:
             spread[at] = mine
             taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, group, spread)[at]
             tier.pool.free(mine[~taken])
-            tier.counters.stored_blocks += int(taken.sum())
+            new[chosen] = taken
+        tier.counters.stored_blocks += int(new.sum())
+        return new
 
     def forget(self, tier: TierBook, move: Move) -> None:
-        """Drop a lower tier's copies that were missing or corrupt."""
+        """Drop a lower tier's copies that were missing, corrupt or given up."""
         if move.generation != tier.generation:
             return
         if tier.presence is not None:
@@ -349,13 +378,14 @@ class Ledger:
         tier = self.tiers[number]
         tier.generation += 1
         tier.debris_bytes = 0
+        tier.failures.clear()
         if tier.presence is not None:
             tier.presence.clear()
         elif tier.pool is not None and tier.column is not None:
             self.index.drop_tier(tier.column)
             tier.pool.clear()
             tier.unclaimed.clear()
-            self._drop_forgotten(list(self._retired))
+            self._drop_forgotten([*self._retired, *self._leaving])
 
     # ---------------------------------------------------------------- pins
 

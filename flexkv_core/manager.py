@@ -7,9 +7,7 @@ lives and the handles that callers hold. Errors of storage never come out of it:
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +19,8 @@ import numpy as np
 
 from flexkv_core.arguments import DeviceBlocks, by_group, checked_keys, seconds
 from flexkv_core.blocks import Namespace
-from flexkv_core.books import make_planner, open_books
-from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_stack
+from flexkv_core.books import make_planner, open_books, open_epochs
+from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_to_open
 from flexkv_core.copying import Copies, check_blocks
 from flexkv_core.device import Device
 from flexkv_core.errors import LayoutError, ManagerClosedError, StateError
@@ -30,6 +28,7 @@ from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Lookup, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
+from flexkv_core.namespaces import Namespaces
 from flexkv_core.plans import HOST
 from flexkv_core.ranks import LocalWorker, Ranks
 from flexkv_core.region import HostRegion
@@ -73,8 +72,6 @@ class KVCacheManager:
         self._stack = stack
         self._lock = threading.RLock()
         self._closed = False
-        self._ranks: dict[bytes, Ranks] = {}
-        self._epochs: dict[bytes, Namespace] = {}  # root without an epoch -> its namespace since the last reset
         opened = open_books(stack)
         self._region = region or HostRegion.create(
             opened.host_bytes,
@@ -84,6 +81,11 @@ class KVCacheManager:
             threads=opened.threads,
             label=region_label,
         )
+        try:
+            epochs, self._forgetful = open_epochs(stack.state_directory, opened)
+        except BaseException:
+            self._region.close()
+            raise
         self._books = opened.books
         self._planner = make_planner(
             opened.books, pin_budget_bytes=int(stack.pin_budget * self._region.size), index=stack.index
@@ -91,6 +93,7 @@ class KVCacheManager:
         self._scheduler = Scheduler(self._planner, self._lock, self._region, verify=verify, loop=loop)
         self._fetches = Fetches(self._planner, self._scheduler, self._lock, stack.pin_limit_s)
         self._copies = Copies(self._planner, self._scheduler, self._fetches, self._lock, self._region)
+        self._namespaces = Namespaces(self._planner, self._lock, epochs, self._scheduler.call, self._unsafe)
         self._verify = verify
         self._scheduler.start()
         for book, tier in zip(opened.books[HOST + 1 :], opened.lower, strict=True):
@@ -107,17 +110,23 @@ class KVCacheManager:
         """Open a stack.
 
         Args:
-            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`.
+            stack: a path to a YAML or JSON file, the same as a mapping, or a `StackConfig`. The file may be a flat one,
+                which means what it means to FlexKV's users: variables set what it does not.
             verify: check seals of what lower tiers return. Off only to prove that the check matters.
             progress: called with (bytes done, bytes in all) while host memory is pre-faulted.
 
         Raises:
             StackConfigError: the stack is not usable; the text names the place and the fix.
             HostMemoryError: the cpu tier does not fit in this machine's memory.
+            DirectoryInUseError: another process holds the stack's `state_directory`.
             BackendNotFoundError, BackendLoadError: a tier's plug-in is missing or broken.
         """
-        config = stack if isinstance(stack, StackConfig) else load_stack(stack)
-        return cls(config, verify=verify, progress=progress)
+        if isinstance(stack, StackConfig):
+            return cls(stack, verify=verify, progress=progress)
+        loaded = load_to_open(stack)
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+        return cls(loaded.stack, verify=verify, progress=progress)
 
     def __enter__(self) -> Self:
         return self
@@ -167,10 +176,11 @@ class KVCacheManager:
         Args:
             model: groups and block bytes.
             device: needed for `load` and `store`: one, or one a rank in the order of the ranks; their blocks must have
-                the bytes that the model's groups say (`KVGroup.shards`).
-            epoch: go on in this one, which an earlier manager's `reset` began; default: the present one.
+                the bytes that the model's groups say (`KVGroup.shards`). Namespaces without one are unregistered, the
+                least recently used first, when there are more than `namespaces.MOST_IDLE_NAMESPACES`.
+            epoch: go on in this one, which a `reset` began; default: the present one.
 
-        Returns the namespace, since a reset that of the epoch that the reset began.
+        Returns the namespace, in the epoch that its last reset began, which may have been before a restart.
 
         Raises:
             LayoutError: a block does not fit in a tier, a device's blocks have other sizes, or the stack names
@@ -182,46 +192,50 @@ class KVCacheManager:
                 f"model {model.model!r}: block_size {model.block_size}, but the stack says {self._stack.block_size}: "
                 "make them equal, or leave it out of the stack"
             )
-        namespace = Namespace.of(model)
         ranks = None
         if device is not None:
             devices = device if isinstance(device, Sequence) else [device]
             ranks = Ranks.of([LocalWorker(each, self._region) for each in devices], model)
-        with self._lock:
-            if epoch is None:
-                namespace = self._epochs.get(namespace.root, namespace)
-            else:
-                namespace = dataclasses.replace(namespace, epoch=epoch)
-            self._planner.add_model(namespace.root, model.groups)
-            if ranks is not None:
-                self._ranks[namespace.root] = ranks
-        return namespace
+        return self._namespaces.register(model, ranks, epoch)
+
+    def unregister(self, namespace: Namespace) -> None:
+        """Say that a model or an adapter is not used any more: its devices are let go.
+
+        Its blocks stay cached until they are evicted, and `register` finds them again; until then the namespace may
+        be unknown. Transfers under way end as if nothing had been said: wait for them before device memory goes.
+
+        Raises UnknownNamespaceError for a namespace that is not registered, or was reset.
+        """
+        self._check_open()
+        self._namespaces.unregister(namespace)
 
     def reset(self, namespace: Namespace, *, retire: bool = True) -> Namespace:
         """Move to a fresh epoch: from now on nothing that was cached under the old one is found or loaded.
 
         Deletes nothing: the old epoch's blocks are evicted first. What was stored, fetched or planned under the old one
-        and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices.
+        and is still under way commits to nothing. Returns the namespace to use from now on, with the same devices, when
+        the new epoch is on disk, so that it outlives this process (`epochs.py`; if that fails, the reset counts all the
+        same, and `stats()["epochs"]["error"]` says why).
 
         Args:
             retire: False where others go on in the old epoch: they, and what is under way in it, see no change.
 
-        Raises UnknownNamespaceError for a namespace that is not registered, or was reset already.
+        Raises:
+            UnknownNamespaceError: the namespace is not registered, or was reset already.
+            StateError: nothing was reset, because a tier would serve the old blocks after a restart: it is persistent
+                (or has not said yet), and neither it nor the stack has a place to remember a reset.
         """
         self._check_open()
-        fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
-        with self._lock:
-            groups = self._planner.groups(namespace.root)
-            if retire:
-                self._planner.retire(namespace.root)
-            self._planner.add_model(fresh.root, groups)
-            ranks = self._ranks.pop(namespace.root, None) if retire else self._ranks.get(namespace.root)
-            if ranks is not None:
-                self._ranks[fresh.root] = ranks
-            self._epochs[dataclasses.replace(namespace, epoch=b"").root] = fresh
+        fresh = self._namespaces.reset(namespace, retire=retire)
         if retire:
             self._scheduler.call(self._fetches.reset, namespace.root)
         return fresh
+
+    def _unsafe(self) -> list[str]:
+        """Tiers that would serve the old blocks after a restart."""
+        queues = self._scheduler.queues()
+        capabilities = {number: queues[number].link.capabilities for number in self._forgetful}
+        return [self._books[number].name for number, said in capabilities.items() if said is None or said.persistent]
 
     # ---------------------------------------------------------------- lookups and fetches
 
@@ -234,6 +248,7 @@ class KVCacheManager:
         self._check_open()
         keys = checked_keys(keys)
         with self._lock:
+            self._namespaces.used(namespace.root)
             blocks, host_blocks = self._planner.lookup(namespace.root, keys)
             pending = any(queue.link.state == "starting" for queue in self._scheduler.queues().values())
         return Lookup(blocks, host_blocks, pending and blocks < len(keys))
@@ -250,8 +265,7 @@ class KVCacheManager:
 
         `owner`: a number for whoever asks, where several share this manager: reads and writes of owners take turns.
         """
-        self._check_open()
-        return self._fetches.start(namespace.root, checked_keys(keys), seconds(deadline_s), keep=True, owner=owner)
+        return self._fetch(namespace.root, keys, deadline_s, keep=True, owner=owner)
 
     def prefetch(
         self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
@@ -260,8 +274,14 @@ class KVCacheManager:
 
         The handle may be dropped, or cancelled.
         """
+        return self._fetch(namespace.root, keys, deadline_s, keep=False, owner=owner)
+
+    def _fetch(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int) -> Fetch:
         self._check_open()
-        return self._fetches.start(namespace.root, checked_keys(keys), seconds(deadline_s), keep=False, owner=owner)
+        keys = checked_keys(keys)
+        with self._lock:
+            self._namespaces.used(root)
+            return self._fetches.start(root, keys, seconds(deadline_s), keep=keep, owner=owner)
 
     # ---------------------------------------------------------------- copies
 
@@ -290,7 +310,7 @@ class KVCacheManager:
             transfer = Transfer(tag)
             transfer.settle(0, f"the fetch was {fetch.why or 'reset'}")
             return transfer
-        return self._copies.load(fetch, plan, ranks or self._ranks_of(plan.root), device_blocks, tag)
+        return self._copies.load(fetch, plan, ranks or self._namespaces.ranks_of(plan.root), device_blocks, tag)
 
     def store(
         self,
@@ -315,7 +335,7 @@ class KVCacheManager:
         """
         self._check_open()
         keys = checked_keys(keys)
-        ranks = ranks or self._ranks_of(namespace.root)
+        ranks = ranks or self._namespaces.ranks_of(namespace.root)
         with self._lock:
             groups = self._planner.groups(namespace.root)
         table = np.full((len(groups), len(keys)), -1, np.int64)
@@ -334,14 +354,6 @@ class KVCacheManager:
             self._scheduler.call(self._fetches.cancel, transfer)
         elif not transfer.done:
             transfer.cancelled = True
-
-    def _ranks_of(self, root: bytes) -> Ranks:
-        ranks = self._ranks.get(root)
-        if ranks is None:
-            with self._lock:
-                self._planner.groups(root)  # raises for a namespace that is not registered, or was reset
-            raise StateError("this namespace has no device: pass device=... to register()")
-        return ranks
 
     # ---------------------------------------------------------------- waiting, figures, end
 
@@ -368,6 +380,7 @@ class KVCacheManager:
             truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
             refused_blocks: blocks of stores for which host memory had no room that is not pinned.
             refused_stores: stores refused because `MAX_PENDING_STORES` were under way.
+            epochs: `error`: why the last reset is not on disk everywhere it should be, or None.
             verify: whether seals are checked.
         """
         with self._lock:
@@ -394,6 +407,7 @@ class KVCacheManager:
                 "pending_stores": self._copies.pending_stores,
                 "refused_blocks": self._planner.refused_blocks,
                 "refused_stores": self._copies.refused_stores,
+                "epochs": {"error": self._namespaces.error},
                 "verify": self._verify,
             }
 
@@ -412,6 +426,7 @@ class KVCacheManager:
         clean = self._scheduler.close(CLOSE_SHARE * max(rest, 0.0))
         self._fetches.settle_all()
         self._copies.settle_all()
+        self._namespaces.close()
         if clean:
             self._region.close()
         else:

@@ -70,6 +70,10 @@ class Planner:
         """End an epoch: nothing of it matches or commits any more; O(1)."""
         self._ledger.retire(root)
 
+    def leave(self, root: bytes) -> None:
+        """Nobody uses a namespace any more: forgotten when nothing of it is left, unless it is added again before."""
+        self._ledger.leave(root)
+
     def is_live(self, root: bytes, epoch: int | None = None) -> bool:
         """Whether a namespace is in use, and was not reset since `epoch`."""
         return self._ledger.live(root, epoch) is not None
@@ -85,7 +89,7 @@ class Planner:
 
     @property
     def namespaces(self) -> int:
-        """How many are known: in use, or reset with copies that have not been evicted yet."""
+        """How many are known: in use, or reset or left with copies that have not been evicted yet."""
         return len(self._ledger.models)
 
     def lose_tier(self, number: int) -> None:
@@ -109,6 +113,7 @@ class Planner:
     def begin_fetch(self, root: bytes, keys: Keys) -> FetchPlan:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
+        model.plans += 1
         sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
         blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
@@ -118,6 +123,7 @@ class Planner:
         plan = FetchPlan(
             root,
             keys,
+            model.epoch,
             model.coverages,
             tuple(group.slot_bytes for group in model.groups),
             blocks,
@@ -206,18 +212,22 @@ class Planner:
         self._pins.coming -= move.nbytes
 
     def finish_read(self, move: Move, outcome: npt.NDArray[np.uint8]) -> Deletion | None:
-        """Commit what came back good, forget what was not there or corrupt; feed the fetches that wait.
+        """Commit what came back good, forget what was not there, corrupt or given up; feed the fetches that wait.
 
-        `outcome` holds an `Outcome` a block. Returns what a key-addressed tier should delete (corrupt copies).
+        `outcome` holds an `Outcome` a block. Returns what a key-addressed tier should delete: corrupt copies, and
+        those that were given up if its capacity is ours.
         """
         ledger, tier = self._ledger, self.tiers[move.tier]
         counters = tier.counters
         good, corrupt = outcome == Outcome.GOOD, outcome == Outcome.CORRUPT
-        gone = corrupt | (outcome == Outcome.MISSING)
+        failed = outcome == Outcome.FAILED
+        given_up = tier.failures.note(move.block_keys, move.groups, good, failed)
+        gone = corrupt | given_up | (outcome == Outcome.MISSING)
         counters.bytes_read += int(move.slot_bytes[good | corrupt].sum())
         counters.corrupt_blocks += int(corrupt.sum())
         counters.missing_blocks += int((outcome == Outcome.MISSING).sum())
-        counters.failed_blocks += int((outcome == Outcome.FAILED).sum())
+        counters.failed_blocks += int((failed | (outcome == Outcome.UNREAD)).sum())
+        counters.given_up_blocks += int(given_up.sum())
         self._arrived(move)
         ledger.let_go(tier, move)
         ledger.forget(tier, move.part(gone))
@@ -225,9 +235,11 @@ class Planner:
         ledger.host_pool.free(move.host_slots[~good])
         for fetch in self._fetches:
             self._feed(fetch, move)
-        if tier.presence is None or not corrupt.any() or move.generation != tier.generation:
+        if tier.presence is None or move.generation != tier.generation:
             return None
-        bad = move.part(corrupt)
+        bad = move.part(corrupt | given_up if tier.presence.capacity_bytes is not None else corrupt)
+        if not len(bad):
+            return None
         tier.debris_bytes += bad.nbytes
         return Deletion(move.tier, bad.block_keys, bad.groups, bad.slot_bytes)
 
@@ -269,7 +281,19 @@ class Planner:
         hits = {tier.number: int((served == tier.number).sum()) for tier in self.tiers}
         for tier in self.tiers if fetch.counted else ():
             tier.counters.hit_blocks += hits[tier.number]
+        self._ledger.end_plan(fetch.root, fetch.epoch)
         return hits
+
+    def sink_hits(self, fetch: FetchPlan) -> list[Move]:
+        """The blocks of a fetch that was closed were used: return the writes to lower tiers that admit them for it.
+
+        To be called once, before `release`.
+        """
+        model = self._ledger.live(fetch.root, fetch.epoch)
+        ready = self.ready(fetch) if fetch.counted else 0
+        if model is None or not ready:
+            return []
+        return self.down.plan_hits(model, fetch.root, fetch.keys[:ready], fetch.pinned[:, :ready])
 
     def release(self, fetch: FetchPlan) -> None:
         """Take back the fetch's pins. Safe to call twice."""
@@ -288,6 +312,7 @@ class Planner:
         """
         ledger = self._ledger
         model = ledger.model(root)
+        model.plans += 1
         held = np.zeros(offered.shape, np.bool_)
         for group in range(len(model.groups)):
             held[group] = ledger.holds(ledger.host, root, keys, group)
@@ -322,12 +347,16 @@ class Planner:
             self.abort_store(plan)
             return []
         stored = ledger.move(model, plan.root, plan.keys, ledger.host, plan.positions, plan.groups, plan.slots, None)
-        ledger.commit(ledger.host, stored, plan.slots)
-        writes = self.down.plan(model, plan.root, plan.keys)
+        new = ledger.commit(ledger.host, stored, plan.slots)
+        touched = np.zeros_like(plan.kept)
+        touched[plan.groups[new], plan.positions[new]] = True
+        writes = self.down.plan(model, plan.root, plan.keys, touched)
         ledger.unpin_host(plan.root, plan.keys, plan.kept)
+        ledger.end_plan(plan.root, plan.epoch)
         return writes
 
     def abort_store(self, plan: StorePlan) -> None:
         """Give back what the store had booked; nothing becomes visible."""
         self._ledger.host_pool.free(plan.slots)
         self._ledger.unpin_host(plan.root, plan.keys, plan.kept)
+        self._ledger.end_plan(plan.root, plan.epoch)

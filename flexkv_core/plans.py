@@ -27,6 +27,8 @@ class Outcome(enum.IntEnum):
     MISSING = 1
     FAILED = 2
     CORRUPT = 3
+    UNREAD = 4
+    """It was not asked for, or the tier itself was failing: that says nothing of the block."""
 
 
 @dataclass(slots=True, eq=False)
@@ -126,10 +128,12 @@ class FetchPlan:
         open: False once nothing more may be pinned for it (deadline, release).
         truncated: the prefix was held further than the budget of pins allows.
         counted: its blocks are hits: somebody will use them. False for a prefetch.
+        epoch: of the namespace's registration.
     """
 
     root: bytes
     keys: Keys
+    epoch: int
     coverages: tuple[Coverage, ...]
     slot_sizes: tuple[int, ...]
     blocks: int

@@ -105,7 +105,7 @@ class Reading:
     def abandon(self, queue: TierQueue) -> None:
         """Give up all reads of a tier that have not been started."""
         for move in [*queue.reads.clear(), *queue.prefetches.clear()]:
-            self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
+            self._settle(queue, move, np.full(len(move), Outcome.UNREAD, np.uint8))
 
     # ---------------------------------------------------------------- calls
 
@@ -113,7 +113,7 @@ class Reading:
         """Have the tier read what was taken from its lines, if it may be asked at all."""
         call = queue.health.begin("read", len(move))
         if call is None:
-            self._settle(queue, move, np.full(len(move), Outcome.FAILED, np.uint8))
+            self._settle(queue, move, np.full(len(move), Outcome.UNREAD, np.uint8))
             return
         queue.begin(move)
 
@@ -134,6 +134,8 @@ class Reading:
                     logger.error("verifying blocks failed", exc_info=error)
                 outcome = np.full(len(move), Outcome.FAILED, np.uint8)
             queue.health.end(call, outcome)
+            if not queue.health.sound:
+                outcome[outcome == Outcome.FAILED] = Outcome.UNREAD
             self._settle(queue, move, outcome)
             self._progress(queue)
 
@@ -160,7 +162,7 @@ class Reading:
             corrupt = self._planner.finish_read(move, outcome)
         if corrupt is not None:
             logger.warning(
-                "tier %s: %d corrupt blocks dropped",
+                "tier %s: %d blocks that are corrupt or cannot be read were dropped",
                 self._planner.tiers[queue.number].name,
                 len(corrupt.groups),
             )

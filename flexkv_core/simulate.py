@@ -84,6 +84,8 @@ class SimulatedCache:
             planner.finish_read(move, np.full(len(move), Outcome.GOOD, np.uint8))
         served = planner.close_fetch(fetch)
         hits = planner.ready(fetch)
+        for move in planner.sink_hits(fetch):
+            self._write(planner, move)
         planner.release(fetch)
         offered = np.ones((len(fetch.pinned), len(keys)), np.bool_)
         for move in planner.commit_store(planner.begin_store(root, keys, offered)):

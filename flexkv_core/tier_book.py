@@ -12,6 +12,7 @@ from typing import Literal
 
 from flexkv_core._native import BlockSet
 from flexkv_core.backend import Recovered
+from flexkv_core.failures import RepeatedFailures
 from flexkv_core.policies import Eviction
 from flexkv_core.policies.admission import GuardedAdmission
 from flexkv_core.pool import SlotPool
@@ -33,6 +34,7 @@ class TierCounters:
     failed_blocks: int = 0
     missing_blocks: int = 0
     dropped_blocks: int = 0
+    given_up_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class TierBook:
         admission: what it takes of what it is offered; None: all.
         queued: blocks on their way down.
         turnover: slot class -> copies evicted since room last went from one class to another.
+        failures: which of its copies could not be read lately.
         unclaimed: root -> what survived of a namespace that is not registered (yet), its slots adopted.
         reserved_bytes: being written to a key-addressed tier, not yet in its record.
         debris_bytes: out of the record but not yet deleted: corrupt copies, and evicted ones as far as nothing that is
@@ -68,6 +71,7 @@ class TierBook:
     admission: GuardedAdmission | None = None
     counters: TierCounters = field(default_factory=TierCounters)
     queued: BlockSet = field(default_factory=BlockSet)
+    failures: RepeatedFailures = field(default_factory=RepeatedFailures)
     turnover: dict[int, int] = field(default_factory=dict)
     unclaimed: dict[bytes, list[Recovered]] = field(default_factory=dict)
     reserved_bytes: int = 0

@@ -139,6 +139,11 @@ class TierHealth:
             return "away"
         return "degraded" if any(lane.troubled for lane in self._lanes.values()) else "ok"
 
+    @property
+    def sound(self) -> bool:
+        """Its process is up and its reads are not known to fail: a block that does has failed alone."""
+        return self._link.state == "ready" and self._lanes["read"].state == "closed"
+
     def figures(self) -> dict[str, Any]:
         """For `stats()`; any thread."""
         return {

@@ -65,6 +65,8 @@ class TierWorker:
             raise ValueError(
                 f"the spec says {spec.addressing!r} addressing, the backend {made.capabilities.addressing!r}"
             )
+        if made.capabilities.persistent and not spec.persistent:
+            raise ValueError("the backend is persistent, and its spec says that it is not")
         if state_directory is not None:
             state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         made.open(OpenContext(host, tuple(slot_bytes), capacity, logger, state_directory))

@@ -6,6 +6,8 @@ comes up again (`planner.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,13 +26,22 @@ class WriteThrough:
 
     # ---------------------------------------------------------------- what to write
 
-    def plan(self, model: Model, root: bytes, keys: Keys) -> list[Move]:
+    def plan(self, model: Model, root: bytes, keys: Keys, stored: Mask) -> list[Move]:
         """Plan, for each lower tier, writes of all that host memory holds of the path and the tier lacks and admits.
 
-        Looking at the whole path, not only at what was just stored, repairs what an earlier full queue dropped.
+        Looking at the whole path, not only at what was just stored, repairs what an earlier full queue dropped. But an
+        admission is asked about the latter only, (groups, n) bool: the stores of one growing request offer the same
+        blocks again and again, and that says nothing of their use.
         """
+        return self._plan(model, root, keys, self._ledger.lower, stored)
+
+    def plan_hits(self, model: Model, root: bytes, keys: Keys, hits: Mask) -> list[Move]:
+        """The same for blocks that a fetch has found, (groups, n) bool: what the tiers with an admission take now."""
+        return self._plan(model, root, keys, [tier for tier in self._ledger.lower if tier.admission], hits)
+
+    def _plan(self, model: Model, root: bytes, keys: Keys, tiers: Sequence[TierBook], touched: Mask) -> list[Move]:
         writes: list[Move] = []
-        if not self._ledger.lower:
+        if not tiers:
             return writes
         sources, slots = self._ledger.locate(model, root, keys)
         here = sources == HOST
@@ -38,13 +49,15 @@ class WriteThrough:
             holes = np.flatnonzero(sources[group] == NOWHERE)
             if coverage.kind == "all" and len(holes):
                 here[group, holes[0] :] = False
-        for tier in self._ledger.lower:
+        for tier in tiers:
             held = np.stack([self._ledger.holds(tier, root, keys, group) for group in range(len(here))])
             offered = here & ~held
             for group in range(len(here) if len(tier.queued) else 0):
                 at = np.flatnonzero(offered[group])
                 offered[group, at] = ~tier.queued.contains(keys[at], group)
             queued = here & ~held & ~offered
+            if tier.admission is not None:
+                offered &= touched
             taken = self._admitted(model, tier, keys, offered, held | queued)
             for group in range(len(here)):
                 at = np.flatnonzero(taken[group])

@@ -93,6 +93,13 @@ class PyIndex {
     return index_.has_namespace(root_of(root));
   }
 
+  bool has_copies(nb::handle root) {
+    Guard guard(*this);
+    bool found = false;
+    translate([&] { found = index_.has_copies(root_of(root)); });
+    return found;
+  }
+
   nb::object match(nb::handle root, nb::object keys) {
     Guard guard(*this);
     const Index::Tree tree = known(root);
@@ -450,6 +457,7 @@ void bind_index(nb::module_& m) {
       .def("_add_namespace", &PyIndex::add_namespace, nb::arg("root"), nb::arg("groups"))
       .def("retire_namespace", &PyIndex::retire_namespace, nb::arg("root"))
       .def("has_namespace", &PyIndex::has_namespace, nb::arg("root"))
+      .def("has_copies", &PyIndex::has_copies, nb::arg("root"))
       .def("match", &PyIndex::match, nb::arg("root"), nb::arg("keys"))
       .def("residency", &PyIndex::residency, nb::arg("root"), nb::arg("keys"), nb::arg("tier"), nb::arg("group"))
       .def("touch", &PyIndex::touch, nb::arg("root"), nb::arg("keys"))

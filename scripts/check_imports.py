@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("manager", "simulate"),
     ("copying",),
     ("fetching",),
-    ("books", "handles"),
+    ("books", "handles", "namespaces"),
     # what moves where; when; isolation
     ("scheduler",),
     ("reading",),
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("turns",),
     ("tier_wire", "plans", "tier_book", "pins"),
     # what is where
-    ("presence",),
+    ("presence", "failures"),
     ("index",),
     ("pool", "ranks"),
     ("model_groups",),
@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what a backend's author reads, and helpers of bytes
     ("backend",),
     ("seal",),
-    ("region",),
+    ("region", "epochs"),
     # keys, geometry: no I/O
     ("arguments",),
     ("blocks", "locks", "framing"),

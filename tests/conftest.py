@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from index_examples import INDEXES, MakeIndex, add
 from leaks import Leaks, no_leaks
+from ssd_plugin import SSD
 
 from flexkv_core import plugins
 from flexkv_core.index import Index
@@ -94,3 +95,9 @@ def gates(install_plugin: Install) -> None:
     """The backends `gate` and `slotgate` of `gates.py`, installed."""
     install_plugin("gate", "from gates import gate_backend as flexkv_backend")
     install_plugin("slotgate", "from gates import slot_gate_backend as flexkv_backend")
+
+
+@pytest.fixture
+def ssd(install_plugin: Install) -> None:
+    """The backend that flat files speak of, installed."""
+    install_plugin("ssd", SSD)

@@ -6,10 +6,12 @@ need `isolation: none`. The medium belongs to the `Gate` of that name, hence sur
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,16 +37,18 @@ class Gate:
 
     Attributes:
         calls: (operation, names of the blocks) in the order in which they reached the backend.
-        medium: what it holds: (key, group) or slot -> bytes.
+        medium: what it holds: (key, group) or slot -> bytes. folder: what the core keeps beside that.
         most_bytes: of calls that were under way at a time.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[tuple[bytes, int]]]] = []
         self.medium: dict[Any, bytes] = {}
+        self.folder = tempfile.TemporaryDirectory(prefix="gate-")
         self.most_bytes = 0
         self.failing: set[str] = set()
         self.failing_once: set[str] = set()
+        self.unreadable: set[bytes] = set()  # keys
         self._bytes = 0
         self._closed: set[str] = set()
         self._changed = threading.Condition()
@@ -89,6 +93,9 @@ class GateConfig(fk.BackendConfig):
     concurrency: int = 1
     max_batch_blocks: int = 128
 
+    def epoch_directory(self) -> Path:
+        return Path(GATES[self.gate].folder.name) / "epochs"
+
 
 class GateBackend(fk.Backend):
     addressing: Any = "key"
@@ -104,7 +111,9 @@ class GateBackend(fk.Backend):
 
     def read(self, batch: fk.Batch) -> Sequence[fk.Status]:
         self.gate.enter("read", batch)
-        return [self._read(*block) for block in self._blocks(batch)]
+        bad = [key.tobytes() in self.gate.unreadable for key in batch.keys]
+        blocks = zip(self._blocks(batch), bad, strict=True)
+        return [fk.Status.FAILED if unreadable else self._read(*block) for block, unreadable in blocks]
 
     def write(self, batch: fk.Batch) -> Sequence[fk.Status]:
         self.gate.enter("write", batch)

@@ -99,6 +99,9 @@ class Pair:
         for tier in range(self.tiers):
             assert self.good("count", tier) == len(self.held[tier])
         assert figures[0]["copies"] == sum(map(len, self.held))
+        for space in self.spaces:
+            if self.good("has_namespace", space.root):
+                self.taken["empty"] += not self.good("has_copies", space.root)
         for space in [each for each in self.spaces if each.retired]:
             if not self.good("has_namespace", space.root):
                 self.taken["forgotten"] += 1

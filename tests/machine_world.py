@@ -80,6 +80,7 @@ def stack_of(kind: str, dice: random.Random, root: Path) -> dict[str, Any]:
         "tiers": tiers,
         "pin_budget": dice.choice((0.3, 0.6, 0.9)),
         "pin_limit_s": dice.choice((0.03, 600.0)),
+        **({"state_directory": str(root / "state")} if kind.partition("+")[0] in ("kept", "slots", "staging") else {}),
     }
 
 
@@ -417,7 +418,7 @@ class Base:
     def _check_ancestors(self, book: Any) -> None:
         """A dropped write has dropped its descendants' writes: a tier that lost nothing else holds whole prefixes."""
         counters = book.counters
-        if counters.evicted_blocks or counters.missing_blocks or counters.corrupt_blocks:
+        if counters.evicted_blocks or counters.missing_blocks or counters.corrupt_blocks or counters.given_up_blocks:
             return
         if counters.failed_blocks and self.links[book.number].capabilities.concurrency > 1:
             return  # what continues a block may have been on its way beside it

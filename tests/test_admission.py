@@ -15,6 +15,7 @@ import pytest
 from helpers import Engine, prompt, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rig import nothing_left
 from test_planner import chain
 
 from flexkv_core import policies
@@ -24,6 +25,7 @@ from flexkv_core.index.reference import ReferenceIndex
 from flexkv_core.layout import Coverage, KVGroup
 from flexkv_core.manager import KVCacheManager
 from flexkv_core.planner import Planner
+from flexkv_core.plans import Move
 from flexkv_core.policies import admission, make_custom, register_policy
 from flexkv_core.policies.admission import (
     LARGEST_WINDOW,
@@ -303,9 +305,24 @@ def planner_with(rule: admission.Admission, groups: tuple[KVGroup, ...] = GROUPS
 
 def store(planner: Planner, keys: Keys, *, land: bool = True) -> dict[int, set[tuple[int, int]]]:
     """Store a path; returns by tier the (group, position) pairs that are written, and lets them succeed."""
-    found: dict[int, set[tuple[int, int]]] = {1: set(), 2: set()}
     groups = len(planner.groups(ROOT))
-    for move in planner.commit_store(planner.begin_store(ROOT, keys, np.ones((groups, len(keys)), np.bool_))):
+    plan = planner.begin_store(ROOT, keys, np.ones((groups, len(keys)), np.bool_))
+    return written(planner, planner.commit_store(plan), land=land)
+
+
+def hit(planner: Planner, keys: Keys, *, counted: bool = True) -> dict[int, set[tuple[int, int]]]:
+    """Fetch a path that is in host memory; returns what is written."""
+    fetch = planner.begin_fetch(ROOT, keys)
+    fetch.counted = counted
+    planner.close_fetch(fetch)
+    found = written(planner, planner.sink_hits(fetch))
+    planner.release(fetch)
+    return found
+
+
+def written(planner: Planner, moves: list[Move], *, land: bool = True) -> dict[int, set[tuple[int, int]]]:
+    found: dict[int, set[tuple[int, int]]] = {1: set(), 2: set()}
+    for move in moves:
         found[move.tier] |= {(int(g), int(p)) for g, p in zip(move.groups, move.positions, strict=True)}
         if land:
             write, _ = planner.down.start_write(move)
@@ -332,7 +349,7 @@ def test_nothing_is_taken_behind_a_refused_block() -> None:
     assert planner.tiers[1].figures()["rejected_blocks"] == 6
     # once it is admitted, so are those behind it, whose ancestors are held
     rule.refused.clear()
-    assert store(planner, keys)[1] == all_of(2, 5) - all_of(2, 2)
+    assert hit(planner, keys) == {1: {(0, 2), (0, 3), (0, 4), (1, 3), (1, 4)}, 2: set()}, "a window needs its last two"
 
 
 def test_what_is_queued_counts_as_there() -> None:
@@ -397,10 +414,70 @@ def test_second_touch_takes_the_second_time() -> None:
     keys = chain(ROOT, (0, 1, 0, 1))
     assert store(planner, keys[:3])[1] == set()
     assert planner.tiers[1].counters.rejected_blocks == 3
-    assert store(planner, keys)[1] == all_of(1, 3)
-    assert store(planner, keys)[1] == {(0, 3)}
+    assert hit(planner, keys[:3])[1] == all_of(1, 3)
     assert store(planner, keys)[1] == set()
+    assert hit(planner, keys)[1] == {(0, 3)}
+    assert hit(planner, keys)[1] == set()
     assert planner.tiers[1].counters.rejected_blocks == 4
+
+
+def test_a_growing_request_touches_its_blocks_once() -> None:
+    """Regression: each of its stores counted all that it had stored before, so its second block let the first in."""
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0, 1, 0))
+    for blocks in (1, 2, 3, 4, 5, 5, 5):
+        assert store(planner, keys[:blocks])[1] == set()
+    assert planner.tiers[1].counters.rejected_blocks == 5
+    overlapping = [planner.begin_store(ROOT, path, np.ones((1, len(path)), np.bool_)) for path in (keys, keys)]
+    assert [written(planner, planner.commit_store(plan))[1] for plan in overlapping] == [set(), set()]
+
+
+def test_stores_that_overlap_touch_once() -> None:
+    """The second one began before the first was committed, hence has copied the same blocks."""
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0, 1, 0))
+    plans = [planner.begin_store(ROOT, keys[:n], np.ones((1, n), np.bool_)) for n in (3, 5)]
+    assert [written(planner, planner.commit_store(plan))[1] for plan in plans] == [set(), set()]
+    assert planner.tiers[1].counters.rejected_blocks == 5
+
+
+def test_a_block_that_was_evicted_and_computed_again_is_touched_again() -> None:
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0))
+    assert store(planner, keys)[1] == set()
+    host = planner.tiers[0]
+    assert planner._ledger._evict(host, 3, 0)
+    planner.lose_tier(2)  # which had it too
+    assert store(planner, keys)[1] == all_of(1, 3)
+
+
+def test_a_prefetch_is_no_touch() -> None:
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0))
+    store(planner, keys)
+    for _ in range(3):
+        assert hit(planner, keys, counted=False) == {1: set(), 2: set()}
+    assert hit(planner, keys)[1] == all_of(1, 3)
+
+
+def test_a_hit_writes_nothing_to_tiers_that_take_all() -> None:
+    """Those have been offered it by the store; what they lack they have lost."""
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0))
+    store(planner, keys)
+    planner.lose_tier(2)
+    assert hit(planner, keys) == {1: all_of(1, 3), 2: set()}
+
+
+def test_a_hit_of_a_namespace_that_was_reset_writes_nothing() -> None:
+    planner = planner_with(SecondTouch(), GROUPS[:1])
+    keys = chain(ROOT, (0, 1, 0))
+    store(planner, keys)
+    fetch = planner.begin_fetch(ROOT, keys)
+    planner.retire(ROOT)
+    planner.close_fetch(fetch)
+    assert planner.sink_hits(fetch) == []
+    planner.release(fetch)
 
 
 def test_second_touch_with_bytes(tmp_path: Path) -> None:
@@ -408,10 +485,14 @@ def test_second_touch_with_bytes(tmp_path: Path) -> None:
         engine = Engine(manager)
         keys = engine.keys(prompt(1, 8))
         figures = []
-        for _ in range(3):
-            engine.store(keys)
+        for used in (False, False, True, True):
+            for blocks in (2, 4, 8):
+                engine.store(keys[:blocks])
+            if used:
+                assert engine.load(keys)[:2] == (8, 0)
             assert manager.drain(10)
             figures.append(manager.stats()["tiers"]["directory"])
-        assert [tier["stored_blocks"] for tier in figures] == [0, 8, 8]
-        assert [tier["rejected_blocks"] for tier in figures] == [8, 8, 8]
+        assert [tier["stored_blocks"] for tier in figures] == [0, 0, 8, 8]
+        assert [tier["rejected_blocks"] for tier in figures] == [8, 8, 8, 8]
         assert engine.load(keys)[:2] == (8, 0)
+        nothing_left(manager)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv_core.config import Capacity, load_stack
+from flexkv_core.config.load import load_stack_config
 from flexkv_core.config.references import resolve
 from flexkv_core.config.sizes import parse_capacity, parse_size
 from flexkv_core.config.source import read_text
@@ -119,3 +120,11 @@ def test_capacities() -> None:
 def test_any_text_is_a_stack_or_a_clear_error(text: str) -> None:
     with pytest.raises(StackConfigError, match=r"^any\.yaml"):  # no text this short is a whole stack
         stack_of(resolve(read_text(text, "any.yaml"), {}))
+
+
+def test_the_state_directory_may_be_a_reference() -> None:
+    mapping = {"state_directory": "${STATE}/flexkv", "tiers": [{"backend": "cpu", "capacity": "1GiB"}]}
+    loaded = load_stack_config(mapping, {"STATE": "/srv/hidden"})
+    assert loaded.stack.state_directory == Path("/srv/hidden/flexkv")
+    assert loaded.document["state_directory"] == "${STATE}/flexkv"
+    assert "hidden" not in repr(loaded)

@@ -96,6 +96,7 @@ def test_unknown_namespaces(index: Index) -> None:
         ("unpin", (path, 0, 0, 0, 2)),
         ("recover", (0, 0, path, path, slots, slots)),
         ("copies", (0, 0)),
+        ("has_copies", ()),
     ]
     for name, arguments in calls:
         with pytest.raises(UnknownNamespaceError):
@@ -168,8 +169,10 @@ def test_a_retired_namespace_can_still_be_read_pinned_and_cleared(index: Index) 
 
 @pytest.mark.parametrize("last", ["nothing", "evict", "remove", "remove_subtree", "drop_tier"])
 def test_a_retired_namespace_is_forgotten_with_its_last_copy(index: Index, last: str) -> None:
+    assert not index.has_copies(ROOT)
     if last != "nothing":
         put(index, "a", 1)
+    assert index.has_copies(ROOT) == (last != "nothing")
     index.retire_namespace(ROOT)
     assert index.has_namespace(ROOT) == (last != "nothing")
     if last == "evict":

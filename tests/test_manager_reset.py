@@ -236,7 +236,7 @@ def test_a_thousand_resets_leave_nothing_behind(manager: KVCacheManager) -> None
     stats = settled(manager)
     assert (stats["pinned_fetches"], stats["fetches"], stats["pinned_bytes"]) == (0, 0, 0)
     assert manager._planner.namespaces <= 1 + HOST, "one a block that is still there"
-    assert len(manager._ranks) == len(manager._epochs) == 1
+    assert len(manager._namespaces._ranks) == len(manager._namespaces._live) == 1
     keys = rig.keys(1, HOST)
     assert rig.store(keys) == HOST
     assert manager._planner.namespaces == 1

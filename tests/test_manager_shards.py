@@ -53,7 +53,7 @@ def test_the_check_of_this_file_sees_ranks_that_are_swapped(manager: KVCacheMana
     rig = Rig(manager, LAYOUTS["tp2"])
     keys = rig.keys(1, 2)
     rig.store(keys)
-    ranks = manager._ranks[rig.namespace.root]
+    ranks = manager._namespaces._ranks[rig.namespace.root]
     object.__setattr__(ranks, "shards", ranks.shards[::-1])
     assert rig.load(keys) == (2, 4)
 

@@ -284,6 +284,20 @@ class PlannerMachine(RuleBasedStateMachine):
         self.roots[which] = hashlib.sha256(self.resets.to_bytes(4, "big")).digest()
         self.planner.add_model(self.roots[which], GROUPS)
 
+    @rule(which=which_root)
+    def leave_and_come_back(self, which: int) -> None:
+        TRANSITIONS["leave"] += 1
+        root = self.roots[which]
+        known = [path for space, path in self.sunk if space == root]
+        there = [self.planner.lookup(root, chain(root, path)) for path in known]
+        left = self.planner.index.has_copies(root) or any(plan.root == root for plan in self.open_stores)
+        self.planner.leave(root)
+        assert not left or self.planner.is_live(root)
+        assert self.planner.is_live(root) == self.planner.index.has_namespace(root), "both know it or neither"
+        TRANSITIONS["left for good"] += not self.planner.is_live(root)
+        self.planner.add_model(root, GROUPS)
+        assert there == [self.planner.lookup(root, chain(root, path)) for path in known]
+
     # ---- what must hold
 
     @invariant()
@@ -346,6 +360,8 @@ def test_whatever_happens_the_rules_hold(options: bool, monkeypatch: pytest.Monk
         "abort_store",
         "drop_write",
         "reset",
+        "leave",
+        "left for good",
     )
     rare: list[str] = []
     for _ in range(5):  # a rare one comes in so many runs or not at all

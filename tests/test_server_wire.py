@@ -316,3 +316,25 @@ def test_an_observer_sees_figures_and_may_do_nothing(tmp_path: Path) -> None:
         assert b'"state": "ready"' in answer.figures
         wire.send(m.Register(2, SPEC, None))
         assert wire.hung_up()
+
+
+def test_namespaces_that_no_client_uses_are_forgotten_with_their_blocks(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "s") as server,
+        agent(tmp_path / "s"),
+        introduced(tmp_path / "s") as one,
+        introduced(tmp_path / "s") as two,
+    ):
+        namespace = registered(one)
+        registered(two)
+        empty = registered(one, ModelSpec("never stored", 4, SPEC.groups))
+        keys = keys_of(namespace, 1, 4)
+        one.ask(m.Store(2, namespace.root, keys, [BLOCKS], ""))
+        assert manager_of(server)._planner.namespaces == 2
+        one.send(m.Bye())
+        until(lambda: manager_of(server)._planner.namespaces == 1)
+        assert two.ask(m.Lookup(3, namespace.root, keys)).blocks == 4, "another client uses it"
+        two.send(m.Unregister(namespace.root))
+        assert registered(two).root == namespace.root
+        assert two.ask(m.Lookup(4, namespace.root, keys)).blocks == 4, "its blocks are still there"
+        del empty

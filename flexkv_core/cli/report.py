@@ -26,6 +26,7 @@ TIER_FIELDS = (
     "corrupt_blocks",
     "failed_blocks",
     "dropped_blocks",
+    "given_up_blocks",
     "restarts",
 )
 """Counters of a tier that the report takes from `stats()` as they are."""

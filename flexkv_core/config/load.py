@@ -1,7 +1,7 @@
 """From a file, a mapping or the environment to a validated stack. The only module that looks at the environment.
 
 `load_stack` is for stacks alone. `load_config` is what a program starts with: it finds the file, takes flat files and
-variables, and says where every value came from.
+variables, and says where every value came from. `load_to_open` takes either kind of file.
 """
 
 from __future__ import annotations
@@ -105,6 +105,19 @@ def load_config(
             error.args = (f"{error} (the file that {CONFIG_PATH} names)",)
         raise
     return _load(_resolved(read, variables), variables)
+
+
+def load_to_open(source: str | Path | Mapping[str, Any], environ: Mapping[str, str] | None = None) -> LoadedConfig:
+    """What a manager is opened with: a stack, as `load_stack`, or a flat file, as `load_config`, with its variables.
+
+    A mapping is a stack: variables would set what its author did not mean. Raises StackConfigError.
+    """
+    if isinstance(source, Mapping):
+        return load_stack_config(source, environ)
+    variables = os.environ if environ is None else environ
+    read = _resolved(read_source(source), variables)
+    flat = isinstance(read.data, dict) and "tiers" not in read.data
+    return _load(read, variables if flat else {})
 
 
 def _resolved(source: Source, environ: Mapping[str, str] | None) -> Source:

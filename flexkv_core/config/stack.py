@@ -81,6 +81,7 @@ class StackKeys(BaseModel):
     pin_budget: Annotated[float, Field(gt=0, le=1)] = 0.8
     pin_limit_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
     index: IndexName = "native"
+    state_directory: Path | None = None
     tiers: list[Any]
 
 
@@ -91,6 +92,7 @@ class TierConfig:
     Attributes:
         backend, name: the plug-in, and what the tier is called in figures and logs.
         hosts: it is the host tier (first of the stack, lives in the host region).
+        persistent: its blocks may outlive the backend's process.
         options: the backend's own config.
         capacity: None where the backend bounds itself.
         evict_ratio: at least this share of the capacity is evicted at a time.
@@ -108,6 +110,7 @@ class TierConfig:
     name: str
     addressing: Literal["slot", "key"]
     hosts: bool
+    persistent: bool
     options: BackendConfig = field(repr=False)
     capacity: Capacity | None
     eviction: Eviction
@@ -134,6 +137,7 @@ class StackConfig:
         pin_budget: share of host memory that fetches may keep pinned; longer prefixes are truncated.
         pin_limit_s: seconds after which a fetch that was not released loses its pins.
         index: which implementation finds blocks: the native one, or the slow Python reference.
+        state_directory: of this manager alone: what it must know after a restart.
     """
 
     block_size: int | None
@@ -141,6 +145,7 @@ class StackConfig:
     pin_budget: float = 0.8
     pin_limit_s: float = 600.0
     index: IndexName = "native"
+    state_directory: Path | None = field(default=None, repr=False)
 
 
 def stack_of(source: Source) -> StackConfig:
@@ -155,13 +160,14 @@ def stack_of(source: Source) -> StackConfig:
     tiers: list[TierConfig] = []
     for number, entry in enumerate(top.tiers):
         tiers.append(_tier(source, number, entry, [tier.name for tier in tiers]))
-    return StackConfig(top.block_size, tuple(tiers), top.pin_budget, top.pin_limit_s, top.index)
+    return StackConfig(top.block_size, tuple(tiers), top.pin_budget, top.pin_limit_s, top.index, top.state_directory)
 
 
 def _refuse_reference(source: Source, path: Path_) -> None:
     """References are for a backend's own keys and for paths: names and policies are shown everywhere."""
     key = path[2] if len(path) > 2 and path[0] == "tiers" else path[-1] if path else ""
-    if len(path) <= 2 or (key in TierKeys.model_fields and key not in REFERENCES_ALLOWED):
+    of_the_core = len(path) <= 2 or key in TierKeys.model_fields
+    if of_the_core and (len(path) == 2 or key not in REFERENCES_ALLOWED):
         problem = f"a reference is for secrets and paths, and {key} is shown in figures and logs: write the value out"
         raise source.error(path, problem)
 
@@ -196,6 +202,7 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         name=name,
         addressing=spec.addressing,
         hosts=hosts,
+        persistent=spec.persistent,
         options=options,
         capacity=keys.capacity,
         eviction=_eviction(keys),

@@ -133,6 +133,9 @@ class Index(Protocol):
     def has_namespace(self, root: bytes) -> bool:
         """Whether the namespace was added and not yet forgotten."""
 
+    def has_copies(self, root: bytes) -> bool:
+        """Whether any tier holds a copy of the namespace. If none does, retiring it forgets it."""
+
     def match(self, root: bytes, keys: Keys) -> Match:
         """Walk the keys. Changes nothing: no recency, no pins. A retired namespace matches nothing."""
 

@@ -106,6 +106,10 @@ class ReferenceIndex:
     def has_namespace(self, root: bytes) -> bool:
         return root in self._trees
 
+    @_public
+    def has_copies(self, root: bytes) -> bool:
+        return bool(self._tree(root).copies)
+
     def _tree(self, root: bytes) -> Tree:
         tree = self._trees.get(root)
         if tree is None:

@@ -5,7 +5,8 @@ never written (`write_through.py`).
 
 A third party's rule is a distribution with an entry point in the group `flexkv.admissions` whose value makes an
 `Admission` when called without arguments, or a call of `register_admission`. It runs in the manager's process, under
-its lock, once for each batch that a store offers to a tier.
+its lock, once for each KV group of a touch. A *touch* is a request's use of blocks: a store that brings them to host
+memory, or a fetch that finds them. What a growing request stores again is no touch of what host memory has already.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Admission(Protocol):
         """Say which blocks the tier takes.
 
         Args:
-            keys: (n, 32) uint8: blocks of one path that the tier neither holds nor has queued, in order; not to be
-                kept or changed.
+            keys: (n, 32) uint8: blocks of one path that were touched and that the tier neither holds nor has queued, in
+                order; not to be kept or changed.
             group: number of their KV group.
 
         Returns:
@@ -57,12 +58,12 @@ class SupportsCapacity(Protocol):
 
 
 class SecondTouch:
-    """Admits a block that was offered before, and notes one that was not: most blocks are never seen again.
+    """Admits a block that was touched before, and notes one that was not: most blocks are never seen again.
 
     A doorkeeper (Einziger, Friedman, Manes, "TinyLFU", 2017) that forgets by rotation: two Bloom filters, the older
     one cleared and made the newer whenever that has noted a window of blocks.
 
-    - A block counts as offered before as long as fewer than `window` other blocks were offered since, always; and not
+    - A block counts as touched before as long as fewer than `window` other blocks were touched since, always; and not
       once 2 x `window` have been, but for false positives.
     - False positives (a new block is admitted at once): at most 0.2 %. Filters have 16 bits a block and 7 probes in
       one cache line of 512 bits. A line gets i of the window's blocks with Poisson probability of mean 32, and then

@@ -264,6 +264,8 @@ class Client:
         if self._usable() and known:
             number = next(self._numbers)
             answer = self._call(number, m.Reset(number, namespace.root), self._deadline_s)
+            if isinstance(answer, m.Failed):
+                logger.error("the server has not reset: this client goes on in an epoch of its own: %s", answer.text)
         with self._channel.changed:
             if isinstance(answer, m.Registered):
                 fresh = dataclasses.replace(namespace, epoch=answer.epoch)

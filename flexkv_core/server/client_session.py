@@ -82,6 +82,9 @@ class Shell(Protocol):
     def reset(self, namespace: Namespace, session: ClientSession) -> Namespace:
         """Begin a fresh epoch for one client."""
 
+    def unused(self, namespace: Namespace) -> None:
+        """A client uses it no more."""
+
 
 class ClientSession:
     """See the module's docstring. On the owner's thread.
@@ -181,6 +184,9 @@ class ClientSession:
         self._transfers.clear()
         self._engine.clients -= 1
         self._on_over(self)
+        namespaces, self.namespaces = self.namespaces, {}
+        for namespace, _ in namespaces.values():
+            self._shell.unused(namespace)
 
     # ---------------------------------------------------------------- messages
 
@@ -194,7 +200,9 @@ class ClientSession:
         elif isinstance(message, m.Cancel):
             self._cancel(message)
         elif isinstance(message, m.Unregister):
-            self.namespaces.pop(message.root, None)
+            known = self.namespaces.pop(message.root, None)
+            if known is not None:
+                self._shell.unused(known[0])
         elif isinstance(message, m.Bye):
             self.end("goodbye")
         elif isinstance(message, m.Null):

@@ -26,6 +26,7 @@ from flexkv_core import __version__
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import open_books
 from flexkv_core.config import LoadedConfig
+from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.framing import WireError
 from flexkv_core.manager import KVCacheManager
 from flexkv_core.server import messages as m
@@ -402,6 +403,13 @@ class Server:
         assert self.manager is not None
         others = any(namespace.root in client.namespaces for client in self._clients.values() if client is not session)
         return self.manager.reset(namespace, retire=not others)
+
+    def unused(self, namespace: Namespace) -> None:
+        """A client uses it no more; when none does, the manager may forget it with its last block."""
+        used = any(namespace.root in client.namespaces for client in self._clients.values())
+        if self.manager is not None and not used and not self.stopping:
+            with contextlib.suppress(UnknownNamespaceError):
+                self.manager.unregister(namespace)
 
 
 MAX_DRAINS = 16

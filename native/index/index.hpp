@@ -40,6 +40,7 @@ class Index {
   void add_namespace(const Root& root, std::vector<Rule> rules);
   void retire_namespace(const Root& root);
   bool has_namespace(const Root& root) const { return spaces_.count(root) != 0; }
+  bool has_copies(const Root& root) const { return tree(root).space->copies != 0; }
 
   // A match in two steps, so that the caller can make arrays of the right size in between.
   struct Walked {

@@ -60,4 +60,6 @@ class CpuBackend(fk.Backend):
 
 @fk.hookimpl
 def flexkv_backend() -> fk.BackendSpec:
-    return fk.BackendSpec("cpu", CpuConfig, CpuBackend, contract_version=1, addressing="slot", hosts=True)
+    return fk.BackendSpec(
+        "cpu", CpuConfig, CpuBackend, contract_version=1, addressing="slot", hosts=True, persistent=False
+    )

@@ -11,6 +11,9 @@ class DirectoryConfig(fk.BackendConfig):
     root: Path
     durable: bool = False  # fsync each file before it becomes visible
 
+    def epoch_directory(self) -> Path:
+        return self.root / "epochs"
+
 
 class DirectoryBackend(fk.Backend):
     capabilities = fk.Capabilities(addressing="key", persistent=True, concurrency=4)
