@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import os
 import signal
@@ -48,12 +46,6 @@ STOP_S = 10.0
 """For draining and closing; the tiers get most of it."""
 
 
-def stack_digest(config: LoadedConfig) -> str:
-    """Names a stack: equal for equal documents, references unresolved; secrets are masked in it."""
-    text = json.dumps(config.document, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class Server:
     """See the module's docstring. `run` is called once, from the main thread.
 
@@ -66,7 +58,7 @@ class Server:
         self._config = config
         self._path = path
         self._linger_s = linger_s
-        self._digest = stack_digest(config)
+        self._digest = config.digest
         self._label = label_of(path)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="flexkv-owner", daemon=True)
@@ -416,12 +408,14 @@ MAX_DRAINS = 16
 """Drains waited for at a time, each in a thread."""
 
 
-def run(config: LoadedConfig, path: Path, *, linger_s: float | None) -> int:
+def run(config: LoadedConfig, path: Path, *, linger_s: float | None, lock_fd: int | None = None) -> int:
     """Serve until SIGTERM, SIGINT or the end of the linger; the exit code.
+
+    `lock_fd`: the lock of this socket (`server_lock`), where whoever starts this process has taken it.
 
     Raises DirectoryInUseError, naming the process, where a server is there already, and what opening the stack raises.
     """
-    with server_lock(path):
+    with server_lock(path, lock_fd):
         server = Server(config, path, linger_s)
         began = time.monotonic()
         with server.stopped_by(signal.SIGTERM, signal.SIGINT):
