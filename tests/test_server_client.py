@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -126,19 +125,18 @@ def test_a_server_that_hangs_costs_one_deadline(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", deadline_s=0.2) as cache:
         model = cache.register(SPEC)
         prefix = keys(model)
-        os.kill(server.pid, signal.SIGSTOP)
-        before = cache.figures()
-        assert cache.lookup(model, prefix).blocks == 0
-        assert cache.figures()["timeouts"] == before["timeouts"] + 1
-        for _ in range(100):
+        with server.hanging():
+            before = cache.figures()
             assert cache.lookup(model, prefix).blocks == 0
-            fetch = cache.fetch(model, prefix)
-            assert (fetch.done, fetch.ready, fetch.why) == (True, 0, "server")
-            assert cache.store(model, prefix, FIRST).error is not None
-        figures = cache.figures()
-        assert figures["timeouts"] == before["timeouts"] + 1, "no more than one call has waited"
-        assert figures["away"] - before["away"] == 300
-        os.kill(server.pid, signal.SIGCONT)
+            assert cache.figures()["timeouts"] == before["timeouts"] + 1
+            for _ in range(100):
+                assert cache.lookup(model, prefix).blocks == 0
+                fetch = cache.fetch(model, prefix)
+                assert (fetch.done, fetch.ready, fetch.why) == (True, 0, "server")
+                assert cache.store(model, prefix, FIRST).error is not None
+            figures = cache.figures()
+            assert figures["timeouts"] == before["timeouts"] + 1, "no more than one call has waited"
+            assert figures["away"] - before["away"] == 300
         until(lambda: cache.connected)  # its late answer has come
         assert cache.fetch(model, prefix).wait(10)
         assert cache.figures()["connections"] == 1

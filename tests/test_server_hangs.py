@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +32,6 @@ def keys(namespace: Any, seed: int = 1) -> np.ndarray:
     return block_keys(tokens, BLOCK_SIZE, namespace.root)
 
 
-@contextlib.contextmanager
-def hanging(server: ServerProcess) -> Iterator[None]:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-
-
 def cut_off(server: Server, cache: Client) -> None:
     """The server closes the client's connection; its process lives on."""
     held = next(each for each in server._clients.values() if each.hello.engine == cache.engine)
@@ -59,15 +47,14 @@ def test_nothing_waits_to_send_to_a_server_that_does_not_read(tmp_path: Path, mo
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s") as cache:
         model = cache.register(SPEC)
         prefix = keys(model)
-        with hanging(server):
-            with monkeypatch.context() as patch:
-                patch.setattr(channel.select, "poll", lambda: pytest.fail("a call waits"))
-                while not cache.figures()["busy"]:
-                    cache.fetch(model, prefix).release()
-                for _ in range(100):
-                    assert cache.fetch(model, prefix).why == "refused"
-                    assert cache.store(model, prefix, FIRST).error == client.BUSY
-                assert cache.lookup(model, prefix).blocks == 0
+        with server.hanging(), monkeypatch.context() as patch:
+            patch.setattr(channel.select, "poll", lambda: pytest.fail("a call waits"))
+            while not cache.figures()["busy"]:
+                cache.fetch(model, prefix).release()
+            for _ in range(100):
+                assert cache.fetch(model, prefix).why == "refused"
+                assert cache.store(model, prefix, FIRST).error == client.BUSY
+            assert cache.lookup(model, prefix).blocks == 0
         until(lambda: cache.fetch(model, prefix).wait(10) and cache.stats())
         figures = cache.figures()
         assert (figures["connections"], figures["timeouts"]) == (1, 0)
@@ -82,7 +69,7 @@ def test_a_fetch_that_nothing_is_said_of_is_done_at_its_deadline(tmp_path: Path)
         model = cache.register(SPEC)
         prefix = keys(model)
         assert cache.store(model, prefix, FIRST).wait(10)
-        with hanging(server):
+        with server.hanging():
             first, second = cache.fetch(model, prefix, 0.0), cache.fetch(model, prefix, 0.3)
             until(lambda: first.done)
             assert second.wait(20)
@@ -106,7 +93,7 @@ def test_what_a_hanging_server_was_told_to_copy_is_not_done(tmp_path: Path) -> N
         connect(tmp_path / "s", engine="e", deadline_s=DEADLINE_S) as cache,
     ):
         model = cache.register(SPEC)
-        with hanging(server):
+        with server.hanging():
             transfer = cache.store(model, keys(model), FIRST)
             assert cache.lookup(model, keys(model)).blocks == 0
             assert not transfer.wait(0.1)
@@ -120,7 +107,7 @@ def test_what_a_hanging_server_was_told_to_copy_is_not_done(tmp_path: Path) -> N
 def test_a_reset_that_is_answered_late_is_not_told_again(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", deadline_s=DEADLINE_S) as cache:
         model = cache.register(SPEC)
-        with hanging(server):
+        with server.hanging():
             fresh = cache.reset(model)
             assert cache.figures()["timeouts"] == 1
         until(lambda: cache.connected)
@@ -134,7 +121,7 @@ def test_a_reset_that_is_answered_late_is_not_told_again(tmp_path: Path) -> None
 def test_closing_ends_who_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", deadline_s=DEADLINE_S) as cache:
         model = cache.register(SPEC)
-        with hanging(server):
+        with server.hanging():
             fetch = cache.fetch(model, keys(model), 3600)
             waiters = [threading.Thread(target=fetch.wait) for _ in range(3)]
             for waiter in waiters:
