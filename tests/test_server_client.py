@@ -121,6 +121,29 @@ def test_another_version_is_told_with_both(tmp_path: Path) -> None:
         connect(tmp_path / "s")
 
 
+def test_another_version_after_a_restart_is_said_once_and_costs_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ServerProcess(tmp_path / "s")
+    with server, connect(tmp_path / "s") as cache:
+        model = cache.register(SPEC)
+        server.kill()
+        server.prelude = "import flexkv_core.server.messages as m; m.PROTOCOL = 999"
+        server._ready = (tmp_path / "s").exists  # type: ignore[method-assign]
+        (tmp_path / "s").unlink()
+        server.start()
+        tried: set[bytes] = set()
+
+        def misses() -> bool:
+            assert cache.lookup(model, keys(model)).blocks == 0
+            assert cache.fetch(model, keys(model)).why == "server"
+            tried.add(cache._session)
+            return len(tried) > 3
+
+        until(misses)
+        assert caplog.text.count("protocol 999") == 1
+
+
 def test_a_server_that_hangs_costs_one_deadline(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", deadline_s=0.2) as cache:
         model = cache.register(SPEC)
