@@ -51,7 +51,8 @@ class DeviceAgent:
         groups: how many KV groups the model has; the device may have nothing of some.
         rank, ranks: this worker's number, and how many the engine has.
         threads: copies at a time.
-        on_copied: called after each copy, on its thread, with the client's tag, the direction and the error or None.
+        on_copied: called when each job has ended, begun or not, on its thread, with the client's tag, the direction and
+            the error or None.
 
     Attributes:
         copies: made so far.
