@@ -271,7 +271,8 @@ class SupportsProbe(Protocol):
     def probe(self, batch: Batch) -> int:
         """Return how many leading blocks of the batch are held: the number before the first that is not.
 
-        Never more than a read would bring, now and if nothing happens. Offsets and lengths are zero.
+        Never more than a read would bring, now and if nothing happens. Offsets and lengths are zero. The blocks may be
+        of several groups, and in any order. An exception says that it cannot be told now; it counts as a failed call.
         """
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
 from flexkv_core.tier_link import LinkSettings, Operation, State, Statuses
-from flexkv_core.tier_worker import TierWorker
+from flexkv_core.tier_worker import PROBE_FAILED, TierWorker
 
 logger = logging.getLogger("flexkv.tier")
 
@@ -95,15 +95,15 @@ class InlineLink:
             f"a {operation} was not answered in time",
         )
 
-    def probe(self, batch: Batch, on_done: Callable[[int], None]) -> None:
+    def probe(self, batch: Batch, on_done: Callable[[int | None], None]) -> None:
         """As `TierLink.probe`."""
         worker = self._worker
         if worker is None or self.state != "ready":
-            self._loop.call_soon(on_done, 0)
+            self._loop.call_soon(on_done, None)
             return
         self._run(
             lambda: worker.probe(batch),
-            lambda count, error: on_done(count or 0),
+            lambda count, error: on_done(None if count == PROBE_FAILED else count),
             self.settings.deadline_s,
             "a probe was not answered in time",
         )

@@ -39,6 +39,8 @@ POWERS: dict[str, type] = {
     "recover": SupportsRecover,
 }
 """Optional powers of backends by the name that the core knows them by."""
+PROBE_FAILED = -1
+"""In the place of a number of blocks."""
 STATUSES = np.array(list(Status), np.uint8)
 
 
@@ -88,14 +90,14 @@ class TierWorker:
         return self.backend.answers() if isinstance(self.backend, FaultyBackend) else 1
 
     def probe(self, batch: Batch) -> int:
-        """How many leading blocks are held; 0 if the backend cannot say."""
+        """How many leading blocks are held; `PROBE_FAILED` if the backend could not say."""
         try:
             if not isinstance(self.backend, SupportsProbe):
-                return 0
+                return PROBE_FAILED
             return min(max(int(self.backend.probe(batch)), 0), len(batch))
         except Exception:
             self._logger.exception("probe of %d blocks failed", len(batch))
-            return 0
+            return PROBE_FAILED
 
     def listing(self) -> Iterator[Listing]:
         """What the backend holds; raises what it raises."""

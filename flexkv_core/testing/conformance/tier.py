@@ -123,9 +123,10 @@ class Tier:
         return self._settled(self.begin(operation, batch))
 
     def probe(self, batch: Batch) -> int:
-        answer: concurrent.futures.Future[int] = concurrent.futures.Future()
+        """How many leading blocks it says that it holds; 0 if it raised."""
+        answer: concurrent.futures.Future[int | None] = concurrent.futures.Future()
         self._owner.loop.call_soon_threadsafe(self._link.probe, batch, answer.set_result)
-        return self._settled(answer)
+        return self._settled(answer) or 0
 
     def listing(self) -> Listing:
         """All pieces as one. Raises ListingFailedError if the backend raised."""
