@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tier_link", "write_through", "recovery", "hints"),
     ("tier_worker", "ledger"),
     ("turns",),
-    ("tier_wire", "plans", "tier_book", "pins"),
+    ("tier_wire", "tier_submit", "plans", "tier_book", "pins"),
     # what is where
     ("presence", "failures"),
     ("index",),

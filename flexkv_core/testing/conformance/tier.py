@@ -105,6 +105,11 @@ class Tier:
         return self._link.powers
 
     @property
+    def unexpected_answers(self) -> int:
+        """Answers to calls that had been answered."""
+        return self._link.unexpected_answers
+
+    @property
     def alive(self) -> bool:
         return self._link.state == "ready"
 
