@@ -97,8 +97,15 @@ class GateConfig(fk.BackendConfig):
     concurrency: int = 1
     max_batch_blocks: int = 128
 
-    def epoch_directory(self) -> Path:
+    def epoch_directory(self) -> Path | None:
         return Path(GATES[self.gate].folder.name) / "epochs"
+
+
+class SharedGateConfig(GateConfig):
+    """Of a medium that is not one node's: its record of resets cannot lie there."""
+
+    def epoch_directory(self) -> Path | None:
+        return None
 
 
 class GateBackend(fk.Backend):
@@ -212,7 +219,7 @@ def gate_backend() -> fk.BackendSpec:
 
 @fk.hookimpl
 def shared_gate_backend() -> fk.BackendSpec:
-    return fk.BackendSpec("sharedgate", GateConfig, SharedGateBackend, contract_version=1, addressing="key")
+    return fk.BackendSpec("sharedgate", SharedGateConfig, SharedGateBackend, contract_version=1, addressing="key")
 
 
 @fk.hookimpl

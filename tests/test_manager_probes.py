@@ -33,12 +33,13 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def opened(gate: Gate) -> Iterator[Any]:
+def opened(gate: Gate, tmp_path: Path) -> Iterator[Any]:
     """Makes nodes: a manager each, over one medium."""
     managers = []
 
     def node(groups: Any = PLAIN, blocks: int = 64, **keys: Any) -> Rig:
-        manager = KVCacheManager.open(gate_stack(blocks, shared(**keys)))
+        state = str(tmp_path / f"state-{len(managers)}")
+        manager = KVCacheManager.open(gate_stack(blocks, shared(**keys), state_directory=state))
         managers.append(manager)
         wait_ready(manager)
         return Rig(manager, groups)
