@@ -194,7 +194,8 @@ def test_the_number_of_probes_is_bounded(gate: Gate, opened: Any) -> None:
     assert pending == [True] * MOST_PROBES + [False] * 5
     assert figures(b)["dropped_probes"] == 5
     gate.open("probe")
-    until(lambda: gate.count("probe") == MOST_PROBES)
+    until(lambda: not b.manager._scheduler.probing._asked[1].under_way)
+    assert gate.count("probe") == MOST_PROBES
     assert asked(b, b.keys(MOST_PROBES, 2)) == 0
     assert gate.count("probe") == MOST_PROBES + 1
 
