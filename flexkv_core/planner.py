@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core._native import BlockSet
+from flexkv_core.hints import Hints
 from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
 from flexkv_core.layout import KVGroup
@@ -36,7 +37,7 @@ class Planner:
         pin_budget_bytes: what all fetches together may keep pinned in host memory; None: no bound.
 
     Attributes:
-        down: what sinks to the lower tiers. recovery: what survived in them.
+        down: what sinks to the lower tiers. recovery: what survived in them. hints: what probes ask and tell.
         refused_blocks: of stores, for want of room.
         truncated_fetches: prefixes that were cut to the budget of pins.
     """
@@ -54,6 +55,7 @@ class Planner:
         self.tiers = self._ledger.tiers
         self.down = WriteThrough(self._ledger)
         self.recovery = Recovery(self._ledger)
+        self.hints = Hints(self._ledger)
         self.refused_blocks = 0
         self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()

@@ -149,6 +149,29 @@ class FetchPlan:
 
 
 @dataclass(slots=True, eq=False)
+class Probe:
+    """What a key-addressed tier is asked about one path.
+
+    Attributes:
+        tier: its number in the stack.
+        missing: (groups, n) bool: what the tier has said that it does not hold.
+        known: leading blocks that some tier holds, as of the last question.
+        epoch: of the namespace's registration; after a reset the answers go nowhere.
+        generation: of the tier; after the loss of its medium neither.
+        calls: made so far.
+    """
+
+    root: bytes
+    keys: Keys
+    tier: int
+    missing: npt.NDArray[np.bool_]
+    known: int
+    epoch: int
+    generation: int
+    calls: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class StorePlan:
     """One store: host slots for the blocks that the host tier does not hold.
 
