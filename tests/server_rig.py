@@ -196,6 +196,10 @@ sys.exit(run(load_config(json.loads(sys.argv[2]), {}), Path(sys.argv[1]), linger
 """
 
 
+def _stopped(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(") ")[2][0] == "T"
+
+
 class ServerProcess:
     """A server in a process of its own, that can be killed and started again."""
 
@@ -235,6 +239,16 @@ class ServerProcess:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(PATIENCE_S)
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It does nothing, and then goes on. A stop takes a thread at a time: this waits for the last."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            until(lambda: all(_stopped(task) for task in Path(f"/proc/{self.pid}/task").iterdir()))
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def __enter__(self) -> ServerProcess:
         self.start()

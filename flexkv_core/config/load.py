@@ -6,6 +6,8 @@ variables, and says where every value came from. `load_to_open` takes either kin
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +59,12 @@ class LoadedConfig:
     values: Mapping[str, FlatValue]
     notices: tuple[Notice, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Names the stack: equal for equal documents, references unresolved and secrets masked."""
+        text = json.dumps(self.document, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_stack(source: str | Path | Mapping[str, Any], environ: Mapping[str, str] | None = None) -> StackConfig:

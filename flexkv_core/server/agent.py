@@ -4,8 +4,9 @@ Runs in the engine's worker process, which owns the device's memory. Owns the co
 and the threads that copy. Does not own which blocks are copied: the server names slots that are ready for it, and they
 stay so until the agent has answered.
 
-When the server goes away, the agent lets its copies end, keeps the region mapped and pinned, and connects again; a
-server that took over the same region finds it mapped. It waits for messages and never polls.
+When the server goes away, the agent lets the copies that run end and begins no others, since the client was told that
+they failed. It keeps the region mapped and pinned, and connects again; a server that took over the same region finds
+it mapped. It waits for messages and never polls.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class DeviceAgent:
         groups: how many KV groups the model has; the device may have nothing of some.
         rank, ranks: this worker's number, and how many the engine has.
         threads: copies at a time.
-        on_copied: called after each copy, on its thread, with the client's tag, the direction and the error or None.
+        on_copied: called when each job has ended, begun or not, on its thread, with the client's tag, the direction and
+            the error or None.
 
     Attributes:
         copies: made so far.
@@ -150,14 +152,14 @@ class DeviceAgent:
         try:
             connection.settimeout(ANSWER_S)
             connection.connect(self._path)
-            previous, self._session = self._session, os.urandom(16)
+            session = os.urandom(16)
             hello = m.Hello(
                 m.PROTOCOL,
                 __version__,
                 "agent",
                 self._engine,
-                self._session,
-                previous=previous,
+                session,
+                previous=self._session,
                 rank=self._rank,
                 ranks=self._ranks,
                 shapes=self._shapes,
@@ -179,6 +181,7 @@ class DeviceAgent:
                 raise ServerRefusedError(answer.reason)
             if not isinstance(answer, m.Welcome) or len(fds) != 1:
                 raise WireError(f"{type(answer).__name__} with {len(fds)} descriptors is no welcome for an agent")
+            self._session = session  # that the server knows; another answer has not ended the one before
             self._map(fds[0], answer)
         except BaseException:
             connection.close()
@@ -236,16 +239,20 @@ class DeviceAgent:
     def _copy(self, connection: socket.socket, job: m.Copy) -> None:
         error = None
         try:
+            if not (self._connected or self._closing):
+                raise WireError("the server went away before the copy began")
             region = self._region
             assert region is not None
             move = self._device.gather if job.direction == "gather" else self._device.scatter
             for group, offsets, blocks in job.parts:
                 move(region.buffer, m.numbers_of(offsets), m.numbers_of(blocks), group)
+            with self._changed:
+                self.copies += 1
+        except WireError as caught:
+            error = str(caught)
         except Exception as caught:
             logger.exception("rank %d could not copy", self._rank)
             error = str(caught) or type(caught).__name__
-        with self._changed:
-            self.copies += 1
         if self._on_copied is not None:
             try:
                 self._on_copied(job.tag, job.direction, error)

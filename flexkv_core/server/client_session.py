@@ -153,9 +153,14 @@ class ClientSession:
     # ---------------------------------------------------------------- life
 
     def _on_closed(self, connection: Connection, reason: str) -> None:
-        if not self.over:
-            logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
-            self._end_if_idle()
+        if self.over:
+            return
+        logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
+        manager = self._shell.manager
+        if manager is not None:
+            for transfer in list(self._transfers.values()):
+                manager.cancel(transfer)  # its client has given them up, and may use the device blocks again
+        self._end_if_idle()
 
     def _end_if_idle(self) -> None:
         """A client that is away, and holds nothing, is forgotten."""

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +46,6 @@ STOP_S = 10.0
 """For draining and closing; the tiers get most of it."""
 
 
-def stack_digest(config: LoadedConfig) -> str:
-    """Names a stack: equal for equal documents, references unresolved; secrets are masked in it."""
-    text = json.dumps(config.document, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class Server:
     """See the module's docstring. `run` is called once, from the main thread.
 
@@ -66,7 +58,7 @@ class Server:
         self._config = config
         self._path = path
         self._linger_s = linger_s
-        self._digest = stack_digest(config)
+        self._digest = config.digest
         self._label = label_of(path)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="flexkv-owner", daemon=True)
@@ -100,6 +92,31 @@ class Server:
     def stop(self, *_: Any) -> None:
         """Have `run` drain and return. Any thread, and signal handlers."""
         self._stop.set()
+
+    @contextlib.contextmanager
+    def stopped_by(self, *signals: signal.Signals) -> Iterator[None]:
+        """Stop when one of these comes.
+
+        The system may hand a signal to any thread, and Python's handlers run in the main one, which sleeps: so it is
+        the owner thread that is told, through a socket.
+        """
+        told, telling = socket.socketpair()
+        with told, telling:
+            told.setblocking(False)
+            telling.setblocking(False)
+
+            def came() -> None:
+                if set(told.recv(64)) & set(signals):
+                    self.stop()
+
+            self._loop.call_soon_threadsafe(self._loop.add_reader, told, came)
+            for number in signals:
+                signal.signal(number, lambda *_: None)
+            before = signal.set_wakeup_fd(telling.fileno())
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(before)
 
     def _listen(self) -> None:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -391,15 +408,16 @@ MAX_DRAINS = 16
 """Drains waited for at a time, each in a thread."""
 
 
-def run(config: LoadedConfig, path: Path, *, linger_s: float | None) -> int:
+def run(config: LoadedConfig, path: Path, *, linger_s: float | None, lock_fd: int | None = None) -> int:
     """Serve until SIGTERM, SIGINT or the end of the linger; the exit code.
+
+    `lock_fd`: the lock of this socket (`server_lock`), where whoever starts this process has taken it.
 
     Raises DirectoryInUseError, naming the process, where a server is there already, and what opening the stack raises.
     """
-    with server_lock(path):
+    with server_lock(path, lock_fd):
         server = Server(config, path, linger_s)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
         began = time.monotonic()
-        server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
+        with server.stopped_by(signal.SIGTERM, signal.SIGINT):
+            server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
     return 0
