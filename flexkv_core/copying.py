@@ -27,7 +27,7 @@ from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Transfer
 from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
-from flexkv_core.ledger import distinct
+from flexkv_core.ledger import distinct, mask_of
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, StorePlan
 from flexkv_core.region import HostRegion
@@ -234,7 +234,7 @@ class Copies:
             for group in distinct(plan.groups):
                 first, _ = ranks.shards[rank][group]
                 if ranks.writes[rank][group]:
-                    chosen = plan.groups == group
+                    chosen = mask_of(plan.groups, group)
                     offsets = plan.slots[chosen] * PAGE + first
                     device.gather(self._region.buffer, offsets, table[group, plan.positions[chosen]], group)
             if alone:

@@ -42,6 +42,7 @@ class Move:
         payload_bytes, slot_bytes: (m,) int64, without and with padding and seal.
         epoch: of the namespace's registration; after a reset the move commits nothing.
         generation: of the tier when the move was planned; a tier that lost its medium since has a newer one.
+        nbytes: sum of slot_bytes, which queues ask for again and again.
     """
 
     root: bytes
@@ -55,21 +56,28 @@ class Move:
     slot_bytes: npt.NDArray[np.int64]
     epoch: int
     generation: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = int(self.slot_bytes.sum())
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def block_keys(self) -> Keys:
-        """(m, 32) uint8: the keys of the moved blocks."""
+        """(m, 32) uint8: the keys of the moved blocks; a view where they lie next to each other. Not to be changed."""
+        count = len(self.positions)
+        if count and self.groups[0] == self.groups[-1]:
+            first, last = int(self.positions[0]), int(self.positions[-1])
+            if last - first + 1 == count:
+                return self.keys[first : last + 1]
         return self.keys[self.positions]
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.slot_bytes.sum())
-
     def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Move:
-        """The chosen blocks of this move."""
+        """The chosen blocks of this move: itself where a mask chooses all."""
+        if isinstance(chosen, np.ndarray) and chosen.all():
+            return self
         return Move(
             self.root,
             self.keys,

@@ -303,8 +303,7 @@ class Scheduler:
         cut: dict[int, int] = {}  # tier -> the first position that was dropped
         for move in writes:
             queue = self._queues[move.tier]
-            beyond = move.positions > cut.get(move.tier, move.positions[-1])
-            if beyond.any():
+            if move.tier in cut and (beyond := move.positions > cut[move.tier]).any():
                 with self._lock:
                     self._planner.down.drop_write(move.part(beyond))
                 move = move.part(~beyond)  # noqa: PLW2901
@@ -316,8 +315,8 @@ class Scheduler:
                     self._planner.down.drop_write(move)
                 continue
             room = queue.write_limit - queue.queued_bytes
-            fits = np.cumsum(move.slot_bytes) <= room
-            if not fits.all():
+            if move.nbytes > room:
+                fits = np.cumsum(move.slot_bytes) <= room
                 dropped = move.part(~fits)
                 cut[move.tier] = int(dropped.positions[0])
                 with self._lock:
@@ -370,7 +369,8 @@ class Scheduler:
     def _take(line: deque[Move], size: int, room: int) -> Move:
         """Take from the head of a queue at most `size` blocks and `room` bytes, but one block at least."""
         move = line.popleft()
-        size = min(size, max(1, int(np.searchsorted(np.cumsum(move.slot_bytes), room, side="right"))))
+        if move.nbytes > room:
+            size = min(size, max(1, int(np.searchsorted(np.cumsum(move.slot_bytes), room, side="right"))))
         if len(move) > size:
             line.appendleft(move.part(slice(size, None)))
             move = move.part(slice(0, size))
@@ -467,7 +467,7 @@ class Scheduler:
             queue.in_flight -= 1
             queue.in_flight_bytes -= write.nbytes
             queue.queued_bytes -= write.nbytes
-            written = statuses[DEEPEST_FIRST] == Status.OK
+            written = statuses[DEEPEST_FIRST] == Status.OK.value
             with self._lock:
                 self._planner.down.finish_write(write, written)
             if not written.all():

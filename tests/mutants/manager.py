@@ -382,9 +382,9 @@ MUTANTS = [
     Mutant(
         "extents_not_reclaimed",
         "pool.py",
-        "empty = runs[kind.free[runs] == kind.slots[runs]]",
-        "empty = runs[:0]",
-        "an empty run goes back to the common pool",
+        "self._slots.free(np.asarray(slots))",
+        "self._slots.free(np.asarray(slots)[1:])",
+        "what is freed can be allocated again",
         POOL,
     ),
     Mutant(
