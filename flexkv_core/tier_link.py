@@ -160,10 +160,12 @@ class TierLink:
 
     def submit(self, operation: Operation, batch: Batch, on_done: Callable[[Statuses], None]) -> None:
         """Have the tier read, write or delete; `on_done` gets one `Status` a block, exactly once, later."""
-        failed = np.full(len(batch), Status.FAILED, np.uint8)
 
         def answer(statuses: bytes | None) -> None:
-            on_done(failed if statuses is None else np.frombuffer(statuses, np.uint8))
+            if statuses is None:
+                on_done(np.full(len(batch), Status.FAILED, np.uint8))
+            else:
+                on_done(np.frombuffer(statuses, np.uint8))
 
         if operation == "delete" and self.state == "ready" and "delete" not in self.powers:
             self._loop.call_soon(answer, None)

@@ -114,8 +114,9 @@ class TierQueue:
 
     def _head(self, line: Turns, room: int) -> Move:
         """Take from the head of a line at most one call's blocks and `room` bytes, but one block at least."""
-        fit = int(np.searchsorted(np.cumsum(line.head().slot_bytes), room, side="right"))
-        size = min(self.batch_blocks, max(1, fit))
+        head, size = line.head(), self.batch_blocks
+        if head.nbytes > room:
+            size = min(size, max(1, int(np.searchsorted(np.cumsum(head.slot_bytes), room, side="right"))))
         return line.take(size)
 
     # ---------------------------------------------------------------- what is under way

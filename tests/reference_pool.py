@@ -1,6 +1,7 @@
-"""Which slots of a tier are free, as plainly as it can be said: the oracle of `native/slot_pool.hpp`, with its interface.
+"""Which slots of a tier are free, as plainly as it can be said: the oracle of `native/slot_pool.hpp`.
 
-A dict of runs, a set of slots for each; everything else is counted again whenever it is asked for.
+A dict of runs, a set of slots for each; everything else is counted again whenever it is asked for. The interface is
+that of `flexkv_core._native.SlotPool`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class ReferenceSlots:
     def allocate(self, slot_class: int, count: int) -> Slots | None:
         if count > self.available(slot_class):
             return None
-        for first, slots in sorted(self._free_runs(slot_class), key=lambda run: run[1] < self._shapes[slot_class].run_slots):
+        for first, slots in sorted(
+            self._free_runs(slot_class), key=lambda run: run[1] < self._shapes[slot_class].run_slots
+        ):
             if len(self._free(slot_class)) >= count:
                 break
             self._assign(slot_class, first, slots)

@@ -1,4 +1,4 @@
-"""The native slots and their oracle side by side, under the same `SlotPool`: every answer, every refusal, every step."""
+"""The native slots and their oracle side by side, under the same `SlotPool`: every answer and every refusal."""
 
 from __future__ import annotations
 

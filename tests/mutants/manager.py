@@ -493,9 +493,9 @@ MUTANTS = [
     Mutant(
         "extents_not_reclaimed",
         "pool.py",
-        "empty = runs[kind.free[runs] == kind.slots[runs]]",
-        "empty = runs[:0]",
-        "an empty run goes back to the common pool",
+        "self._slots.free(np.asarray(slots))",
+        "self._slots.free(np.asarray(slots)[1:])",
+        "what is freed can be allocated again",
         POOL,
     ),
     Mutant(
@@ -525,8 +525,8 @@ MUTANTS = [
     Mutant(
         "unreadable_copies_stay",
         "planner.py",
-        "gone = corrupt | given_up | (outcome == Outcome.MISSING)",
-        "gone = corrupt | (outcome == Outcome.MISSING)",
+        "gone = corrupt | given_up | (outcome == Outcome.MISSING.value)",
+        "gone = corrupt | (outcome == Outcome.MISSING.value)",
         "a copy that cannot be read is given up",
         FAILURES,
     ),
