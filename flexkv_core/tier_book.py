@@ -40,6 +40,9 @@ class TierCounters:
     missing_blocks: int = 0
     dropped_blocks: int = 0
     given_up_blocks: int = 0
+    probes: int = 0
+    probed_blocks: int = 0
+    dropped_probes: int = 0
 
 
 @dataclass(slots=True)
