@@ -163,11 +163,14 @@ def test_the_log_of_a_server_that_was_started(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FLEXKV_LOG_LEVEL", "DEBUG")
     monkeypatch.setenv("FLEXKV_LOGGING_PREFIX", "my cache")
     monkeypatch.setenv("FLEXKV_SOMETHING_UNKNOWN", SECRET)
-    stack = {"tiers": [{"backend": "cpu", "capacity": "16MiB", "prefault": False}]}
-    assert ensure_server(stack, tmp_path / "s", linger_s=0.1) is not None
-    until(lambda: not (tmp_path / "s").exists())
-    until(lambda: "stopped" in (tmp_path / "s.log").read_text())
-    text = (tmp_path / "s.log").read_text()
+    stack = {"tiers": [{"backend": "cpu", "capacity": "16MiB", "prefault": False}], "redis_password": SECRET}
+    path = tmp_path / SECRET / "s"  # so that it would be in the log
+    path.parent.mkdir()
+    assert ensure_server(stack, path, linger_s=0.1) is not None
+    until(lambda: not path.exists())
+    until(lambda: "stopped" in path.with_name("s.log").read_text())
+    text = path.with_name("s.log").read_text()
+    assert "***" in text
     assert SECRET not in text
     assert all(line.startswith('"my cache" time=') for line in text.splitlines()), text
     assert any("level=WARNING" in line and "FLEXKV_SOMETHING_UNKNOWN" in line for line in text.splitlines())
@@ -177,8 +180,9 @@ def test_the_log_of_serve_as_json(tmp_path: Path) -> None:
     stack = tmp_path / "stack.yaml"
     stack.write_text(f"tiers: [{{backend: cpu, capacity: 16MiB, prefault: false}}]\nredis_password: {SECRET}\n")
     command = [str(Path(sys.executable).with_name("flexkv")), "serve", "--log-format", "json", "--stack", str(stack)]
+    (tmp_path / SECRET).mkdir()
     with subprocess.Popen(
-        [*command, "--socket", str(tmp_path / "s"), "--linger", "0.1"], stderr=subprocess.PIPE, text=True
+        [*command, "--socket", str(tmp_path / SECRET / "s"), "--linger", "0.1"], stderr=subprocess.PIPE, text=True
     ) as process:
         text = process.communicate(timeout=60)[1]
     assert process.returncode == 0
@@ -186,3 +190,4 @@ def test_the_log_of_serve_as_json(tmp_path: Path) -> None:
     assert records[-1]["message"] == "stopped"
     assert {record["logger"] for record in records} == {"flexkv.server"}
     assert SECRET not in text
+    assert "***" in text

@@ -17,7 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as families_of
-from server_rig import BLOCK_SIZE, CPU_ONLY, PATIENCE_S, SPEC, agent, introduced, keys_of, registered, serving, until
+from server_rig import (
+    BLOCK_SIZE,
+    CPU_ONLY,
+    PATIENCE_S,
+    SPEC,
+    agent,
+    introduced,
+    keys_of,
+    manager_of,
+    registered,
+    serving,
+    until,
+)
 
 from flexkv_core.blocks import block_keys
 from flexkv_core.server import connect, metrics_endpoint
@@ -133,7 +145,12 @@ def use(cache: Any, blocks: int = 6, more: int = 2) -> None:
 
 @SOCKETS
 def test_a_scrape_says_what_the_server_counts(tmp_path: Path, port: int) -> None:
-    with measured(tmp_path, port), agent(tmp_path / "s"), connect(tmp_path / "s", engine="a client's own words") as _:
+    with (
+        measured(tmp_path, port),
+        agent(tmp_path / "s"),
+        introduced(tmp_path / "s", engine="a client's own words"),
+        introduced(tmp_path / "s", role="observer"),
+    ):
         with connect(tmp_path / "s", engine="e") as cache:
             until(lambda: cache.stats()["tiers"]["directory"]["state"] == "ready")
             use(cache)
@@ -221,10 +238,14 @@ def test_a_busy_server_fails_the_scrape_and_later_ones_succeed(
 ) -> None:
     monkeypatch.setattr(metrics_endpoint, "FIGURES_S", 0.05)
     with measured(tmp_path, port) as server:
-        busy = threading.Event()
+        busy, asked = threading.Event(), []
+        figures = server.figures
+        monkeypatch.setattr(server, "figures", lambda: asked.append(1) or figures())
         server._loop.call_soon_threadsafe(busy.wait, PATIENCE_S)
         assert get(port)[0] == 503
         busy.set()
+        manager_of(server)._scheduler.ask(lambda: None)
+        assert not asked, "nobody waits for them any more"
         until(lambda: get(port)[0] == 200)
 
 
@@ -240,21 +261,28 @@ def test_figures_that_cannot_be_had_are_an_error_in_the_log(
 
 
 @SOCKETS
-def test_silent_connections_hinder_neither_clients_nor_the_end(tmp_path: Path, port: int) -> None:
-    silent: list[socket.socket] = []
-    with measured(tmp_path, port):
-        for _ in range(metrics_endpoint.MAX_SCRAPES):
-            silent.append(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
-        until(lambda: len([t for t in threading.enumerate() if t.name == "flexkv-scrape"]) == len(silent))
+def test_silent_connections_hinder_neither_clients_nor_the_end(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_endpoint, "SCRAPE_S", 10 * PATIENCE_S)  # nobody is hung up on for being slow
+
+    def scrapes() -> int:
+        return sum(thread.name == "flexkv-scrape" for thread in threading.enumerate())
+
+    with contextlib.ExitStack() as silent, measured(tmp_path, port):
+        first, *_ = [
+            silent.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+            for _ in range(metrics_endpoint.MAX_SCRAPES)
+        ]
+        until(lambda: scrapes() == metrics_endpoint.MAX_SCRAPES)
         with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as more:
             assert more.recv(1) == b"", "one too many: hung up on"
         with introduced(tmp_path / "s") as wire:
             namespace = registered(wire)
             assert isinstance(wire.ask(m.Lookup(2, namespace.root, keys_of(namespace, 1, 4))), m.Found)
-        silent.pop().close()
-        until(lambda: get(port)[0] == 200)
-    for connection in silent:
-        connection.close()
+        first.close()
+        until(lambda: scrapes() < metrics_endpoint.MAX_SCRAPES)
+        assert get(port)[0] == 200
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
 
