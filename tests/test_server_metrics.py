@@ -319,11 +319,25 @@ def test_two_servers_on_two_ports(tmp_path: Path, port: int) -> None:
 
 
 @SOCKETS
-def test_an_address_that_is_not_this_machines(tmp_path: Path, port: int) -> None:
-    with measured(tmp_path, port, metrics_host="203.0.113.1") as server:
+@pytest.mark.parametrize("host", ["203.0.113.1", "x" * 70])
+def test_an_address_that_is_not_this_machines(tmp_path: Path, port: int, host: str) -> None:
+    with measured(tmp_path, port, metrics_host=host) as server:
         told = server.figures()["server"]["metrics"]
-        assert told["url"] == f"http://203.0.113.1:{port}/metrics"
-        assert told["error"].startswith(f"cannot listen on port {port} of '203.0.113.1'")
+        assert told["url"] == f"http://{host}:{port}/metrics"
+        assert told["error"].startswith(f"cannot listen on port {port} of '{host}'")
+
+
+@SOCKETS
+def test_an_address_of_version_six(tmp_path: Path, port: int) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with measured(tmp_path, port, metrics_host="::1") as server:
+        url = server.figures()["server"]["metrics"]["url"]
+        assert url == f"http://[::1]:{port}/metrics"
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+            assert answer.status == 200
 
 
 @SOCKETS

@@ -148,19 +148,17 @@ class Metrics:
             return
         try:
             from flexkv_core.server.metrics import exposition  # noqa: PLC0415 - its library is optional
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "prometheus_client":
-                raise
-            self._failed("prometheus_client is not installed: pip install 'flexkv-core[metrics]'")
+        except ImportError as error:
+            self._failed(f"{error}: pip install 'flexkv-core[metrics]'")
             return
         try:
             self._endpoint = MetricsEndpoint(self._host, self._port, exposition(lambda: self._ask(FIGURES_S)))
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             self._failed(
                 f"port {self._port} of {self._host} is taken: set py_metrics_port or FLEXKV_PY_METRICS_PORT"
                 if taken
-                else f"cannot listen on port {self._port} of {self._host!r}: {error.strerror or error}"
+                else f"cannot listen on port {self._port} of {self._host!r}: {error}"
             )
             return
         logger.info("metrics at %s", self._url)
