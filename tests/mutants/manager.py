@@ -491,7 +491,7 @@ MUTANTS = [
         PINS,
     ),
     Mutant(
-        "extents_not_reclaimed",
+        "freed_slots_stay",
         "pool.py",
         "self._slots.free(np.asarray(slots))",
         "self._slots.free(np.asarray(slots)[1:])",
