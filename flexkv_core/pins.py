@@ -53,7 +53,7 @@ class PinBudget:
             if pins[slot] > 1:
                 pins[slot] -= 1
             else:
-                del pins[slot]
+                pins.pop(slot)
                 gone += 1
         self.used -= gone * slot_bytes
 

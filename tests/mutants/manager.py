@@ -477,8 +477,8 @@ MUTANTS = [
     Mutant(
         "pins_counted_twice",
         "pins.py",
-        "            new += not before\n",
-        "            new += 1\n",
+        "(len(self._pins) - before) * slot_bytes",
+        "len(slots) * slot_bytes",
         "a block that several fetches pin counts once",
         PINS,
     ),
