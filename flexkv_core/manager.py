@@ -375,12 +375,15 @@ class KVCacheManager:
         """Figures since the manager was opened, as plain data.
 
         Returns a mapping with
-            tiers: by tier name, in the stack's order, the counters of `TierBook.figures` (blocks and bytes
-                read, written, stored, evicted, hit, corrupt, failed, dropped, found by probes; `probes` that were
-                answered, `dropped_probes` for which there was no room) and of its process: `state`
-                ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
+            tiers: by tier name, in the stack's order, the figures of `TierBook.figures` (what it holds and has room
+                for: `free_blocks` by bytes of a slot; blocks and bytes read, written, stored, evicted, hit, missed,
+                corrupt, failed, dropped, found by probes; `probes` that were answered, `dropped_probes` for which there
+                was no room) and of its process: `state` ("starting", "ready", "backoff", "closed"), `queued_blocks` by
+                "read", "prefetch" and "write", `restarts`, `pid` and `last_error`
                 (None where there is none), `unexpected_answers`; of a lower tier also `health` ("ok", "degraded",
                 "away") and `breaker`: state of `read` and `write`, `opened`, `rejected_blocks`, `last_trouble`.
+            asked_blocks: that fetches asked for; miss_blocks: of these, what they did not get. Prefetches count in
+                neither.
             fetches, pending_stores: under way now. pinned_fetches: not released yet; pinned_bytes: of host memory,
                 that they keep.
             truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
@@ -396,7 +399,7 @@ class KVCacheManager:
                 figures = book.figures()
                 queue = queues.get(book.number)
                 figures["state"] = queue.link.state if queue else "ready"
-                figures["queued_blocks"] = queue.queued_blocks if queue else 0
+                figures["queued_blocks"] = queue.queued_blocks if queue else {}
                 figures["restarts"] = queue.link.restarts if queue else 0
                 figures["pid"] = queue.link.pid if queue else None
                 figures["last_error"] = queue.link.last_error if queue else None
@@ -405,6 +408,8 @@ class KVCacheManager:
                 tiers[book.name] = figures
             return {
                 "tiers": tiers,
+                "asked_blocks": self._planner.asked_blocks,
+                "miss_blocks": self._planner.miss_blocks,
                 "fetches": self._fetches.waiting,
                 "pinned_fetches": self._fetches.pinned,
                 "pinned_bytes": self._planner.pinned_bytes,

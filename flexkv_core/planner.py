@@ -39,6 +39,7 @@ class Planner:
     Attributes:
         down: what sinks to the lower tiers. recovery: what survived in them. hints: what probes ask and tell.
         refused_blocks: of stores, for want of room.
+        asked_blocks: that fetches asked for, and miss_blocks, of these, that they did not get; prefetches do not count.
         truncated_fetches: prefixes that were cut to the budget of pins.
     """
 
@@ -57,6 +58,7 @@ class Planner:
         self.recovery = Recovery(self._ledger)
         self.hints = Hints(self._ledger)
         self.refused_blocks = 0
+        self.asked_blocks = self.miss_blocks = 0
         self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()
         self._incoming = BlockSet()  # on their way from a lower tier to host memory
@@ -116,6 +118,7 @@ class Planner:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
         model.plans += 1
+        asked = len(keys)
         sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
         blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
@@ -135,6 +138,7 @@ class Planner:
             np.full(want.shape, NO_SLOT, np.int64),
             sources,
             truncated=blocks < held,
+            asked=asked,
         )
         self._ledger.touch(model, root, keys)
         for group in range(len(model.groups)):
@@ -285,10 +289,20 @@ class Planner:
         ready = self.ready(fetch)
         served = np.where(fetch.pinned[:, :ready], fetch.sources[:, :ready], NOWHERE).max(axis=0, initial=NOWHERE)
         hits = {tier.number: int(np.count_nonzero(served == tier.number)) for tier in self.tiers}
-        for tier in self.tiers if fetch.counted else ():
-            tier.counters.hit_blocks += hits[tier.number]
+        if fetch.counted:
+            self._count(fetch.asked, ready, hits)
         self._ledger.end_plan(fetch.root, fetch.epoch)
         return hits
+
+    def _count(self, asked: int, ready: int, hits: dict[int, int]) -> None:
+        """Count hits and misses; what no KV group needs of the ready blocks, before a window or a state, is neither."""
+        self.asked_blocks += asked
+        self.miss_blocks += asked - ready
+        passed = asked - ready + sum(hits.values())
+        for tier in self.tiers:
+            passed -= hits[tier.number]
+            tier.counters.hit_blocks += hits[tier.number]
+            tier.counters.miss_blocks += passed
 
     def sink_hits(self, fetch: FetchPlan) -> list[Move]:
         """The blocks of a fetch that was closed were used: return the writes to lower tiers that admit them for it.

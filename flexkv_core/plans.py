@@ -136,6 +136,7 @@ class FetchPlan:
         open: False once nothing more may be pinned for it (deadline, release).
         truncated: the prefix was held further than the budget of pins allows.
         counted: its blocks are hits: somebody will use them. False for a prefetch.
+        asked: blocks that it was asked for; those that it does not supply are misses.
         epoch: of the namespace's registration.
     """
 
@@ -154,6 +155,7 @@ class FetchPlan:
     open: bool = True
     truncated: bool = False
     counted: bool = True
+    asked: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -72,6 +72,15 @@ class SlotPool:
         return self._slots.used_pages * PAGE
 
     @property
+    def used_slots(self) -> int:
+        """How many slots of all classes are allocated."""
+        return sum(self.allocated(number) for number in self.used_classes)
+
+    def free_slots(self) -> dict[int, int]:
+        """Bytes of a slot -> how many more could be allocated now, of the classes that have extents."""
+        return {self._classes[number].pages * PAGE: self.available(number) for number in self.used_classes}
+
+    @property
     def classes(self) -> range:
         """Numbers of the slot classes."""
         return range(len(self._classes))

@@ -70,8 +70,9 @@ class TierQueue:
         return not (self.reads or self.prefetches or self.writes or self.in_flight or self.settling)
 
     @property
-    def queued_blocks(self) -> int:
-        return sum(len(move) for move in self.writes)
+    def queued_blocks(self) -> dict[str, int]:
+        """Blocks of moves not yet started; any thread."""
+        return {"read": self.reads.blocks, "prefetch": self.prefetches.blocks, "write": self.writes.blocks}
 
     @property
     def batch_blocks(self) -> int:

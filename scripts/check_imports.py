@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("region", "epochs"),
     # keys, geometry: no I/O
     ("arguments",),
-    ("blocks", "locks", "framing"),
+    ("blocks", "locks", "framing", "logs"),
     ("layout",),
     ("errors", "_native", "__init__"),
 )

@@ -37,9 +37,16 @@ SPEC = ModelSpec("rig", BLOCK_SIZE, (KVGroup(BLOCK_BYTES),))
 
 
 @contextlib.contextmanager
-def serving(path: Path, stack: Mapping[str, Any] = CPU_ONLY, linger_s: float | None = None) -> Iterator[Server]:
+def serving(
+    path: Path,
+    stack: Mapping[str, Any] = CPU_ONLY,
+    linger_s: float | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Iterator[Server]:
     """A server that is ready; stopped at the end."""
-    server = Server(load_config(stack, {}), path, linger_s)
+    server = Server(load_config(stack, environ or {}), path, linger_s, **options)
     ready, failed = threading.Event(), []
 
     def run() -> None:

@@ -126,7 +126,7 @@ def run_kills(tmp_path: Path, kills: int, seed: int) -> Counter[str]:
 def idle(figures: dict[str, Any]) -> bool:
     """Nothing is pinned, under way or queued."""
     names = ("fetches", "pinned_fetches", "pinned_bytes", "pending_stores")
-    return not any(figures[name] for name in names) and not figures["tiers"]["directory"]["queued_blocks"]
+    return not any(figures[name] for name in names) and not any(figures["tiers"]["directory"]["queued_blocks"].values())
 
 
 def test_fifty_kills(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Shell(Protocol):
         """Call on the owner's thread."""
 
     def observe(self, what: str, seconds: float) -> None:
-        """A lookup, fetch, load or store has taken so long."""
+        """A lookup, a fetch that is no prefetch, a load or a store has taken so long."""
 
     def drain(self, timeout_s: float, answer: Callable[[bool], None]) -> None:
         """Have all written down, off the owner's thread."""
@@ -293,7 +293,8 @@ class ClientSession:
             nonlocal told_done
             if fetch.done and not told_done:
                 told_done = True
-                self._shell.observe("fetch", time.perf_counter() - started)
+                if message.keep:
+                    self._shell.observe("fetch", time.perf_counter() - started)
             if self._fetches.get(number) is not fetch:
                 return
             self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why))

@@ -8,6 +8,7 @@ owner thread runs everything that answers clients; the main thread starts, waits
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -31,9 +32,12 @@ from flexkv_core.server import messages as m
 from flexkv_core.server.agent_session import AgentSession, Engine
 from flexkv_core.server.client_session import ClientSession
 from flexkv_core.server.connection import Connection
+from flexkv_core.server.latency import Latencies
+from flexkv_core.server.metrics_endpoint import DEFAULT_HOST, Metrics
 from flexkv_core.server.paths import server_lock
 from flexkv_core.server.peers import Peer
 from flexkv_core.server.reattach import label_of, take_over
+from flexkv_core.server.summary import Summary
 
 logger = logging.getLogger("flexkv.server")
 
@@ -52,9 +56,12 @@ class Server:
     Args:
         path: of the socket; the caller holds its lock.
         linger_s: stop so long after the last client or agent has gone; None: never.
+        metrics_host: where to listen for Prometheus, if the config wants that.
     """
 
-    def __init__(self, config: LoadedConfig, path: Path, linger_s: float | None = None) -> None:
+    def __init__(
+        self, config: LoadedConfig, path: Path, linger_s: float | None = None, metrics_host: str = DEFAULT_HOST
+    ) -> None:
         self._config = config
         self._path = path
         self._linger_s = linger_s
@@ -72,6 +79,9 @@ class Server:
         self._stop = threading.Event()
         self._drains = 0
         self._numbers = itertools.count(1)
+        self._latencies = Latencies()
+        self._summary = Summary(config.settings.process.log_interval_requests, self.figures)
+        self._metrics = Metrics(config.settings.metrics, metrics_host, self.ask_figures)
         self.stopping = False
         self.manager: KVCacheManager | None = None
 
@@ -83,6 +93,7 @@ class Server:
         self._thread.start()
         try:
             self._open()
+            self._metrics.open()
             logger.info("serving on %s (process %d)", self._path, os.getpid())
             on_ready()
             self._stop.wait()
@@ -157,6 +168,7 @@ class Server:
 
     def _close(self) -> None:
         self.stopping = True
+        self._metrics.close()
         if self._listening is not None:
             self._loop.call_soon_threadsafe(self._loop.remove_reader, self._listening)
         if self.manager is not None:
@@ -336,7 +348,8 @@ class Server:
     # ---------------------------------------------------------------- what sessions need
 
     def figures(self) -> dict[str, Any]:
-        """The manager's figures, and `server`: process, engines, clients, agents."""
+        """The manager's figures, and `server`: process, engines, clients, agents, `latencies` (`latency.py`) and
+        `metrics`, where Prometheus finds them."""
         figures = self.manager.stats() if self.manager is not None else {}
         figures["server"] = {
             "pid": os.getpid(),
@@ -356,8 +369,27 @@ class Server:
                 }
                 for agent in self._agents.values()
             ],
+            "latencies": self._latencies.figures(),
+            "metrics": self._metrics.figures(),
         }
         return figures
+
+    def ask_figures(self, timeout_s: float) -> dict[str, Any]:
+        """`figures`, from another thread. Raises TimeoutError if the owner's has no time for it until then."""
+        answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+
+        def run() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(self.figures())
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        try:
+            return answer.result(timeout_s)
+        finally:
+            answer.cancel()
 
     def on_owner(self, act: Callable[[], None]) -> None:
         """Call now if this is the owner's thread, else soon from there: closing settles handles from others."""
@@ -368,6 +400,9 @@ class Server:
 
     def observe(self, what: str, seconds: float) -> None:
         """A lookup, fetch, load or store has taken so long."""
+        self._latencies.observe(what, seconds)
+        if what == "fetch":
+            self._summary.fetched()
 
     def drain(self, timeout_s: float, answer: Callable[[bool], None]) -> None:
         """Have all written down; off the owner's thread, which does the writing."""
@@ -408,15 +443,24 @@ MAX_DRAINS = 16
 """Drains waited for at a time, each in a thread."""
 
 
-def run(config: LoadedConfig, path: Path, *, linger_s: float | None, lock_fd: int | None = None) -> int:
+def run(
+    config: LoadedConfig,
+    path: Path,
+    *,
+    linger_s: float | None,
+    lock_fd: int | None = None,
+    metrics_host: str = DEFAULT_HOST,
+) -> int:
     """Serve until SIGTERM, SIGINT or the end of the linger; the exit code.
 
     `lock_fd`: the lock of this socket (`server_lock`), where whoever starts this process has taken it.
 
     Raises DirectoryInUseError, naming the process, where a server is there already, and what opening the stack raises.
     """
+    for warning in config.warnings:
+        logger.warning("%s", warning)
     with server_lock(path, lock_fd):
-        server = Server(config, path, linger_s)
+        server = Server(config, path, linger_s, metrics_host)
         began = time.monotonic()
         with server.stopped_by(signal.SIGTERM, signal.SIGINT):
             server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))

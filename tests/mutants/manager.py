@@ -18,7 +18,7 @@ class Mutant(NamedTuple):
 
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
-TURNS = "test_manager_turns.py"
+TURNS, COUNTS = "test_manager_turns.py", "test_manager_counts.py"
 EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
 LINES = "test_manager_lines.py"
 NAMESPACES, ADMISSION = "test_manager_namespaces.py", "test_admission.py"
@@ -273,10 +273,34 @@ MUTANTS = [
     Mutant(
         "prefetch_counts_hits",
         "planner.py",
-        "for tier in self.tiers if fetch.counted else ():",
-        "for tier in self.tiers:",
+        "        if fetch.counted:\n            self._count",
+        "        if True:\n            self._count",
         "a prefetch is no hit",
         CANCEL,
+    ),
+    Mutant(
+        "misses_of_faster_tiers_only",
+        "planner.py",
+        "            passed -= hits[tier.number]\n",
+        "",
+        "a hit in a tier is no miss of the slower ones",
+        COUNTS,
+    ),
+    Mutant(
+        "unneeded_blocks_are_misses",
+        "planner.py",
+        "passed = asked - ready + sum(hits.values())",
+        "passed = asked",
+        "what no KV group needs is no miss",
+        COUNTS,
+    ),
+    Mutant(
+        "asked_as_far_as_held",
+        "planner.py",
+        "            asked=asked,\n",
+        "            asked=blocks,\n",
+        "what no tier holds is a miss",
+        COUNTS,
     ),
     Mutant(
         "truncated_without_state",
