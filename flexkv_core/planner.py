@@ -157,6 +157,8 @@ class Planner:
         blocks = int(sources.shape[1])
         if self._pins.budget is None or not blocks:
             return blocks
+        if blocks * sum(group.slot_bytes for group in model.groups) <= self._pins.left:
+            return blocks
         sizes = np.array([group.slot_bytes for group in model.groups], np.int64)
         new = sizes[:, None] * ~((sources == HOST) & self._pins.counted(slots))
         cost = pin_costs(new, model.coverages)

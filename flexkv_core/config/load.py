@@ -1,4 +1,4 @@
-"""From a file, a mapping or the environment to a validated stack. The only module that looks at the environment.
+"""From a file, a mapping or the environment to a validated stack. The only module that reads FlexKV's variables.
 
 `load_stack` is for stacks alone. `load_config` is what a program starts with: it finds the file, takes flat files and
 variables, and says where every value came from. `load_to_open` takes either kind of file.

@@ -501,8 +501,8 @@ MUTANTS = [
     Mutant(
         "pins_counted_twice",
         "pins.py",
-        "            new += not before\n",
-        "            new += 1\n",
+        "(len(self._pins) - before) * slot_bytes",
+        "len(slots) * slot_bytes",
         "a block that several fetches pin counts once",
         PINS,
     ),
@@ -515,7 +515,7 @@ MUTANTS = [
         PINS,
     ),
     Mutant(
-        "extents_not_reclaimed",
+        "freed_slots_stay",
         "pool.py",
         "self._slots.free(np.asarray(slots))",
         "self._slots.free(np.asarray(slots)[1:])",
