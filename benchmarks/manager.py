@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from harness import Benchmark
 
-from flexkv_core import manager as manager_module
+from flexkv_core import copying
 from flexkv_core.index import GroupRule
 from flexkv_core.index.native import NativeIndex
 from flexkv_core.layout import Fragments, KVGroup, ModelSpec
@@ -45,7 +45,7 @@ SLOT = 2 * PAYLOAD
 ROOMY = 8 << 30
 RANDOM = np.random.default_rng(0)
 BLOCKS = np.arange(BATCH, dtype=np.int64)
-NO_SEALING = "flexkv_core.manager.seal_blocks replaced by a no-op"
+NO_SEALING = "flexkv_core.copying.seal_blocks replaced by a no-op"
 INDEX_ALONE = (
     "flexkv_core.index.native.NativeIndex alone: evict, match, insert (store); match, touch, pin, unpin (load)"
 )
@@ -124,7 +124,7 @@ def opened(below: str, capacity: int = ROOMY) -> Iterator[tuple[KVCacheManager, 
     if below != "nothing":
         queue = HOST_BLOCKS * SLOT
         tiers.append({"backend": "null", "capacity": capacity, "isolation": below, "write_queue": queue})
-    seal, manager_module.seal_blocks = manager_module.seal_blocks, no_sealing
+    seal, copying.seal_blocks = copying.seal_blocks, no_sealing
     try:
         with null_backend(), KVCacheManager.open({"tiers": tiers}, verify=False) as manager:
             namespace = manager.register(ModelSpec("null", 16, (KVGroup(PAYLOAD),)), NullDevice())
@@ -135,7 +135,7 @@ def opened(below: str, capacity: int = ROOMY) -> Iterator[tuple[KVCacheManager, 
                 assert manager.drain(60)
             yield manager, namespace
     finally:
-        manager_module.seal_blocks = seal
+        copying.seal_blocks = seal
 
 
 def random_keys(n: int = BATCH) -> np.ndarray:

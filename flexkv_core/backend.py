@@ -17,15 +17,16 @@ backend's name and whose value is a module (or object) with a pluggy hook::
   SIGINT is ignored. When its parent dies, it is killed.
 - *Threads.* ``open``, ``close`` and the calls come from different threads. At most ``capabilities.concurrency``
   calls of ``read``, ``write``, ``probe``, ``delete`` and ``list`` run at a time, each on one thread until it
-  returns.
+  returns. A backend with ``submit`` gets its reads and writes through it alone: one thread makes all those calls, never
+  out of a ``done``; at most ``concurrency`` batches are submitted and not done, beside calls of the other kinds.
 - *Batches.* 1 to ``capabilities.max_batch_blocks`` blocks a call. No batch names one (key, group), one place in the
   host region or one slot twice. Its arrays are read-only and C-contiguous, and are the call's alone: keep a copy of
   what is to outlive it.
 - *Places.* A block is opaque bytes in the host region: ``lengths[i]`` bytes from ``offsets[i]``. Both are multiples
   of `PAGE`, and the region starts on a page, so the same bytes serve ``O_DIRECT``, RDMA registration and HTTP. A
   length is at least 2 pages (payload and seal); one batch may mix lengths; offsets are in no order. Until the call
-  has returned, nobody else writes those bytes, and for a read nobody looks at them; if the call never returns,
-  until the process is dead.
+  has returned (a submitted batch: until its ``done``), nobody else writes those bytes, and for a read nobody looks at
+  them; if the call never returns, until the process is dead.
 - *Content.* The core has sealed the block before ``write`` and verifies the seal after ``read``: a backend cannot
   return wrong bytes unnoticed, only lose blocks. A (key, group) is only ever written with one content and one
   length.
@@ -41,6 +42,10 @@ backend's name and whose value is a module (or object) with a pluggy hook::
 **What the author owes**
 
 - *Answers.* One `Status` a block, in the batch's order. Raising is the same as FAILED for the whole batch.
+- *Submitted batches* (``submit``): ``done`` exactly once for each, from any thread, in any order, also within
+  ``submit`` itself. What is owed when a call returns is owed when ``done`` is called: the bytes are moved, and nothing
+  of the batch is touched any more. ``submit`` returns at once, and raises only for a batch of which nothing will
+  happen.
 - *OK for a read* only when all ``lengths[i]`` bytes have been put in their place. OK for less is never right, also
   when the stored block is shorter or was cut short.
 - *OK for a write* only when all its bytes would be returned by a read that starts later; in a persistent backend,
@@ -59,7 +64,8 @@ backend's name and whose value is a module (or object) with a pluggy hook::
 - *Not blocking for ever*, and no retrying behind the core's back for longer than a call may take: a quick FAILED
   costs a recompute, a late OK costs more. Set explicit timeouts in every client library.
 - *Close* returns promptly, also while calls are in flight: those may be let finish within a second or answered
-  FAILED. It leaves the medium so that it can be opened again.
+  FAILED. It leaves the medium so that it can be opened again. Submitted batches that are not done when it returns are
+  FAILED: from then on nothing of them may be touched, nor ``done`` be called.
 - *One user a medium*, where two would harm each other: take a `DirectoryLock`, which names its holder.
 - *Nothing executed, nothing leaked.* No pickle; files 0600, directories 0700; no secret in a log record, ``repr``
   or exception.
@@ -80,6 +86,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,18 +110,23 @@ __all__ = [
     "Batch",
     "Capabilities",
     "DirectoryLock",
+    "Done",
     "Listing",
     "OpenContext",
     "Recovered",
     "Seals",
     "Status",
+    "SubmitBackend",
+    "SubmitOperation",
     "SupportsDelete",
     "SupportsList",
     "SupportsProbe",
     "SupportsRecover",
+    "SupportsSubmit",
     "find_seals",
     "hookimpl",
     "listing",
+    "submit_and_wait",
 ]
 
 CONTRACT_VERSION = 1
@@ -271,7 +283,8 @@ class SupportsProbe(Protocol):
     def probe(self, batch: Batch) -> int:
         """Return how many leading blocks of the batch are held: the number before the first that is not.
 
-        Never more than a read would bring, now and if nothing happens. Offsets and lengths are zero.
+        Never more than a read would bring, now and if nothing happens. Offsets and lengths are zero. The blocks may be
+        of several groups, and in any order. An exception says that it cannot be told now; it counts as a failed call.
         """
 
 
@@ -307,6 +320,49 @@ class SupportsRecover(Protocol):
         Nothing else: a slot that was being written when the process ended is left out, as is one that holds
         no whole block. The core verifies each block again when it is read.
         """
+
+
+SubmitOperation = Literal["read", "write"]
+Done = Callable[[Sequence[Status]], None]
+"""Takes one `Status` a block, in the batch's order."""
+
+
+@runtime_checkable
+class SupportsSubmit(Protocol):
+    """Backends of either addressing whose engine is asynchronous, such as io_uring: no thread a call.
+
+    The core then calls neither ``read`` nor ``write``. `SubmitBackend` has both, for tests and tools.
+    """
+
+    def submit(self, operation: SubmitOperation, batch: Batch, done: Done) -> None:
+        """Begin to read or write, as ``read`` and ``write`` do, and return at once; call ``done`` when it has ended.
+
+        ``done`` may be called by any thread, in any order of batches, and before this returns; exactly once. It
+        returns quickly and raises nothing. A second call is ignored and counted. A batch that is not done
+        within the tier's deadline gets the process killed. An exception here is FAILED for the batch, and says that
+        nothing of it will be touched.
+        """
+
+
+def submit_and_wait(backend: SupportsSubmit, operation: SubmitOperation, batch: Batch) -> Sequence[Status]:
+    """A submitted batch as a blocking call. Raises what `submit` raises; waits as long as it takes."""
+    answers: queue.SimpleQueue[Sequence[Status]] = queue.SimpleQueue()
+    backend.submit(operation, batch, answers.put)
+    return answers.get()
+
+
+class SubmitBackend(Backend):
+    """Base of backends with `submit`: reading and writing are submitting and waiting."""
+
+    @abstractmethod
+    def submit(self, operation: SubmitOperation, batch: Batch, done: Done) -> None:
+        """As `SupportsSubmit.submit`."""
+
+    def read(self, batch: Batch) -> Sequence[Status]:
+        return submit_and_wait(self, "read", batch)
+
+    def write(self, batch: Batch) -> Sequence[Status]:
+        return submit_and_wait(self, "write", batch)
 
 
 class BackendConfig(BaseModel):

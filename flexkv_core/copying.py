@@ -23,7 +23,7 @@ from flexkv_core.errors import KeyInputError, UnknownNamespaceError
 from flexkv_core.fetching import Fetches
 from flexkv_core.handles import Fetch, Transfer
 from flexkv_core.index import Keys
-from flexkv_core.ledger import distinct
+from flexkv_core.ledger import distinct, mask_of
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, StorePlan
 from flexkv_core.ranks import CopyPart, Direction, LocalWorker, Ranks, WorkerLostError
@@ -213,7 +213,7 @@ class Copies:
             return
         parts: list[list[CopyPart]] = [[] for _ in ranks.workers]
         for group in distinct(plan.groups):
-            chosen = plan.groups == group
+            chosen = mask_of(plan.groups, group)
             offsets, blocks = plan.slots[chosen] * PAGE, table[group, plan.positions[chosen]]
             for rank, mine in enumerate(parts):
                 if ranks.writes[rank][group]:

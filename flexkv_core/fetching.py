@@ -61,6 +61,8 @@ class Fetches:
         try:
             with self._lock:
                 fetch.plan = self._planner.begin_fetch(root, keys)
+                if fetch.plan.blocks < len(keys) and not fetch.plan.truncated:
+                    self._scheduler.probing.want(root, keys, fetch.plan.blocks)  # for whoever comes next
         except Exception as error:
             known = isinstance(error, UnknownNamespaceError)
             logger.log(

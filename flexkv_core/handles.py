@@ -20,7 +20,8 @@ class Lookup:
     Attributes:
         blocks: leading blocks that some tier holds; a hint where a tier is key-addressed.
         host_blocks: leading blocks ready in host memory.
-        pending: True while a tier has not yet said what it holds; ask again for a better answer.
+        pending: True while a tier is starting, or is being asked whether it holds more of this prefix (a probe): ask
+            again for a better answer. Never True where all blocks are held.
     """
 
     blocks: int

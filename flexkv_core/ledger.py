@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -51,10 +51,10 @@ class Model:
     epoch: int
     retired: bool = False
     plans: int = 0
+    coverages: tuple[Coverage, ...] = field(init=False)
 
-    @property
-    def coverages(self) -> tuple[Coverage, ...]:
-        return tuple(group.coverage for group in self.groups)
+    def __post_init__(self) -> None:
+        self.coverages = tuple(group.coverage for group in self.groups)
 
 
 def runs(positions: Positions) -> Iterator[tuple[int, int]]:
@@ -80,10 +80,17 @@ def distinct(groups: npt.NDArray[np.uint8]) -> list[int]:
     return numbers
 
 
+def mask_of(groups: npt.NDArray[np.uint8], group: int) -> slice | Mask:
+    """Where an ascending array says `group`, as an index: everything, where it says nothing else."""
+    if groups[0] == groups[-1] == group:
+        return slice(None)
+    return np.equal(groups, group)
+
+
 def each_run(move: Move, act: Callable[[int, int, int], None]) -> None:
     """Call `act(group, start, stop)` for each range of a move's positions."""
     for group in distinct(move.groups):
-        for start, stop in runs(move.positions[move.groups == group]):
+        for start, stop in runs(move.positions[mask_of(move.groups, group)]):
             act(group, start, stop)
 
 
@@ -312,8 +319,10 @@ class Ledger:
     ) -> Move:
         """Describe blocks that move between host memory and a tier."""
         groups = np.full(len(positions), group, np.uint8) if isinstance(group, int) else group
-        payload = np.array([g.block_bytes for g in model.groups], np.int64)[groups]
-        total = np.array([g.slot_bytes for g in model.groups], np.int64)[groups]
+        payload, total = np.empty(len(groups), np.int64), np.empty(len(groups), np.int64)
+        for number in distinct(groups):
+            chosen = mask_of(groups, number)
+            payload[chosen], total[chosen] = model.groups[number].block_bytes, model.groups[number].slot_bytes
         addressed = tier_slots if tier.addressing == "slot" else None
         return Move(
             root,
@@ -344,14 +353,15 @@ class Ledger:
             return new
         self._tell_time()
         for group in distinct(move.groups):
-            chosen = move.groups == group
+            chosen = mask_of(move.groups, group)
             at, mine = move.positions[chosen], slots[chosen]
-            spread = np.full(int(at.max()) + 1, NO_SLOT, np.int64)
+            spread = np.full(int(at[-1]) + 1, NO_SLOT, np.int64)
             spread[at] = mine
             taken = self.index.insert(move.root, move.keys[: len(spread)], tier.column, group, spread)[at]
-            tier.pool.free(mine[~taken])
+            if not taken.all():
+                tier.pool.free(mine[~taken])
             new[chosen] = taken
-        tier.counters.stored_blocks += int(new.sum())
+        tier.counters.stored_blocks += int(np.count_nonzero(new))
         return new
 
     def forget(self, tier: TierBook, move: Move) -> None:

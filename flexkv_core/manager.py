@@ -164,7 +164,7 @@ class KVCacheManager:
         )
         limit = tier.write_queue or self._region.size // 4
         in_flight = tier.in_flight or max(self._region.size // 4, IN_FLIGHT_BYTES)
-        self._scheduler.add_tier(book.number, link, limit, in_flight, tier.breaker)
+        self._scheduler.add_tier(book.number, link, limit, in_flight, tier.breaker, tier.probe_ttl_s)
 
     # ---------------------------------------------------------------- models
 
@@ -240,7 +240,10 @@ class KVCacheManager:
     # ---------------------------------------------------------------- lookups and fetches
 
     def lookup(self, namespace: Namespace, keys: Keys) -> Lookup:
-        """Say how much of a prefix the cache has. Runs in the caller's thread; asks no backend.
+        """Say how much of a prefix the cache has. Runs in the caller's thread; waits for no backend.
+
+        Where a key-addressed tier may hold more than is known of it, it is asked behind this call, and `Lookup.pending`
+        is True until its answer is there.
 
         Args:
             keys: (n, 32) uint8, from the namespace's first block on, as `block_keys` makes them.
@@ -250,8 +253,8 @@ class KVCacheManager:
         with self._lock:
             self._namespaces.used(namespace.root)
             blocks, host_blocks = self._planner.lookup(namespace.root, keys)
-            pending = any(queue.link.state == "starting" for queue in self._scheduler.queues().values())
-        return Lookup(blocks, host_blocks, pending and blocks < len(keys))
+            pending = blocks < len(keys) and self._scheduler.may_know_more(namespace.root, keys, blocks)
+        return Lookup(blocks, host_blocks, pending)
 
     def fetch(
         self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
@@ -262,6 +265,8 @@ class KVCacheManager:
         ready; reads under way are kept for others, those that have not begun are not made. A prefix longer than host
         memory can hold beside other pins, or than the stack's `pin_budget` leaves, is truncated. A fetch that is not
         released within `pin_limit_s` loses its pins, and can no longer be loaded.
+
+        It brings what is known to be held when it begins, and waits for no probe: look up first, while `pending`.
 
         `owner`: a number for whoever asks, where several share this manager: reads and writes of owners take turns.
         """
@@ -370,11 +375,15 @@ class KVCacheManager:
         """Figures since the manager was opened, as plain data.
 
         Returns a mapping with
-            tiers: by tier name, in the stack's order, the counters of `TierBook.figures` (blocks and bytes
-                read, written, stored, evicted, hit, corrupt, failed, dropped) and of its process: `state`
-                ("starting", "ready", "backoff", "closed"), `queued_blocks`, `restarts`, `pid` and `last_error`
+            tiers: by tier name, in the stack's order, the figures of `TierBook.figures` (what it holds and has room
+                for: `free_blocks` by bytes of a slot; blocks and bytes read, written, stored, evicted, hit, missed,
+                corrupt, failed, dropped, found by probes; `probes` that were answered, `dropped_probes` for which there
+                was no room) and of its process: `state` ("starting", "ready", "backoff", "closed"), `queued_blocks` by
+                "read", "prefetch" and "write", `restarts`, `pid` and `last_error`
                 (None where there is none), `unexpected_answers`; of a lower tier also `health` ("ok", "degraded",
                 "away") and `breaker`: state of `read` and `write`, `opened`, `rejected_blocks`, `last_trouble`.
+            asked_blocks: that fetches asked for; miss_blocks: of these, what they did not get. Prefetches count in
+                neither.
             fetches, pending_stores: under way now. pinned_fetches: not released yet; pinned_bytes: of host memory,
                 that they keep.
             truncated_fetches: cut to the budget of pins. expired_fetches: released because their time was up.
@@ -390,7 +399,7 @@ class KVCacheManager:
                 figures = book.figures()
                 queue = queues.get(book.number)
                 figures["state"] = queue.link.state if queue else "ready"
-                figures["queued_blocks"] = queue.queued_blocks if queue else 0
+                figures["queued_blocks"] = queue.queued_blocks if queue else {}
                 figures["restarts"] = queue.link.restarts if queue else 0
                 figures["pid"] = queue.link.pid if queue else None
                 figures["last_error"] = queue.link.last_error if queue else None
@@ -399,6 +408,8 @@ class KVCacheManager:
                 tiers[book.name] = figures
             return {
                 "tiers": tiers,
+                "asked_blocks": self._planner.asked_blocks,
+                "miss_blocks": self._planner.miss_blocks,
                 "fetches": self._fetches.waiting,
                 "pinned_fetches": self._fetches.pinned,
                 "pinned_bytes": self._planner.pinned_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ class PinBudget:
         self.budget = budget
         self.used = 0
         self.coming = 0
-        self._pins: dict[int, int] = {}  # host slot -> pins
+        self._pins: Counter[int] = Counter()  # host slot -> pins
 
     @property
     def left(self) -> int:
@@ -41,22 +42,18 @@ class PinBudget:
 
     def add(self, slots: Slots, slot_bytes: int) -> None:
         """A pin of each of these slots, all of one size."""
-        pins, new = self._pins, 0
-        for slot in slots.tolist():
-            before = pins.get(slot, 0)
-            pins[slot] = before + 1
-            new += not before
-        self.used += new * slot_bytes
+        before = len(self._pins)
+        self._pins.update(slots.tolist())
+        self.used += (len(self._pins) - before) * slot_bytes
 
     def take(self, slots: Slots, slot_bytes: int) -> None:
         """Take back a pin of each. Raises KeyError for a slot that has none."""
         pins, gone = self._pins, 0
         for slot in slots.tolist():
-            left = pins[slot] - 1
-            if left:
-                pins[slot] = left
+            if pins[slot] > 1:
+                pins[slot] -= 1
             else:
-                del pins[slot]
+                pins.pop(slot)
                 gone += 1
         self.used -= gone * slot_bytes
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core._native import BlockSet
+from flexkv_core.hints import Hints
 from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
 from flexkv_core.layout import KVGroup
@@ -36,8 +37,9 @@ class Planner:
         pin_budget_bytes: what all fetches together may keep pinned in host memory; None: no bound.
 
     Attributes:
-        down: what sinks to the lower tiers. recovery: what survived in them.
+        down: what sinks to the lower tiers. recovery: what survived in them. hints: what probes ask and tell.
         refused_blocks: of stores, for want of room.
+        asked_blocks: that fetches asked for, and miss_blocks, of these, that they did not get; prefetches do not count.
         truncated_fetches: prefixes that were cut to the budget of pins.
     """
 
@@ -54,7 +56,9 @@ class Planner:
         self.tiers = self._ledger.tiers
         self.down = WriteThrough(self._ledger)
         self.recovery = Recovery(self._ledger)
+        self.hints = Hints(self._ledger)
         self.refused_blocks = 0
+        self.asked_blocks = self.miss_blocks = 0
         self.truncated_fetches = 0
         self._fetches: set[FetchPlan] = set()
         self._incoming = BlockSet()  # on their way from a lower tier to host memory
@@ -114,6 +118,7 @@ class Planner:
         """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
         model = self._ledger.model(root)
         model.plans += 1
+        asked = len(keys)
         sources, slots = self._ledger.reachable(model, root, keys)
         held = covered_prefix(sources != NOWHERE, model.coverages)
         blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
@@ -133,6 +138,7 @@ class Planner:
             np.full(want.shape, NO_SLOT, np.int64),
             sources,
             truncated=blocks < held,
+            asked=asked,
         )
         self._ledger.touch(model, root, keys)
         for group in range(len(model.groups)):
@@ -150,6 +156,8 @@ class Planner:
         """
         blocks = int(sources.shape[1])
         if self._pins.budget is None or not blocks:
+            return blocks
+        if blocks * sum(group.slot_bytes for group in model.groups) <= self._pins.left:
             return blocks
         sizes = np.array([group.slot_bytes for group in model.groups], np.int64)
         new = sizes[:, None] * ~((sources == HOST) & self._pins.counted(slots))
@@ -219,20 +227,22 @@ class Planner:
         """
         ledger, tier = self._ledger, self.tiers[move.tier]
         counters = tier.counters
-        good, corrupt = outcome == Outcome.GOOD, outcome == Outcome.CORRUPT
-        failed = outcome == Outcome.FAILED
+        good, corrupt = outcome == Outcome.GOOD.value, outcome == Outcome.CORRUPT.value
+        failed = outcome == Outcome.FAILED.value
         given_up = tier.failures.note(move.block_keys, move.groups, good, failed)
-        gone = corrupt | given_up | (outcome == Outcome.MISSING)
-        counters.bytes_read += int(move.slot_bytes[good | corrupt].sum())
-        counters.corrupt_blocks += int(corrupt.sum())
-        counters.missing_blocks += int((outcome == Outcome.MISSING).sum())
-        counters.failed_blocks += int((failed | (outcome == Outcome.UNREAD)).sum())
-        counters.given_up_blocks += int(given_up.sum())
+        gone = corrupt | given_up | (outcome == Outcome.MISSING.value)
+        counters.bytes_read += move.part(good | corrupt).nbytes
         self._arrived(move)
         ledger.let_go(tier, move)
-        ledger.forget(tier, move.part(gone))
+        if not good.all():
+            counters.corrupt_blocks += int(corrupt.sum())
+            counters.missing_blocks += int((outcome == Outcome.MISSING.value).sum())
+            counters.failed_blocks += int((failed | (outcome == Outcome.UNREAD.value)).sum())
+            counters.given_up_blocks += int(given_up.sum())
+            ledger.forget(tier, move.part(gone))
         ledger.commit(ledger.host, move.part(good), move.host_slots[good])
-        ledger.host_pool.free(move.host_slots[~good])
+        if not good.all():
+            ledger.host_pool.free(move.host_slots[~good])
         for fetch in self._fetches:
             self._feed(fetch, move)
         if tier.presence is None or move.generation != tier.generation:
@@ -278,11 +288,21 @@ class Planner:
         self._fetches.discard(fetch)
         ready = self.ready(fetch)
         served = np.where(fetch.pinned[:, :ready], fetch.sources[:, :ready], NOWHERE).max(axis=0, initial=NOWHERE)
-        hits = {tier.number: int((served == tier.number).sum()) for tier in self.tiers}
-        for tier in self.tiers if fetch.counted else ():
-            tier.counters.hit_blocks += hits[tier.number]
+        hits = {tier.number: int(np.count_nonzero(served == tier.number)) for tier in self.tiers}
+        if fetch.counted:
+            self._count(fetch.asked, ready, hits)
         self._ledger.end_plan(fetch.root, fetch.epoch)
         return hits
+
+    def _count(self, asked: int, ready: int, hits: dict[int, int]) -> None:
+        """Count hits and misses; what no KV group needs of the ready blocks, before a window or a state, is neither."""
+        self.asked_blocks += asked
+        self.miss_blocks += asked - ready
+        passed = asked - ready + sum(hits.values())
+        for tier in self.tiers:
+            passed -= hits[tier.number]
+            tier.counters.hit_blocks += hits[tier.number]
+            tier.counters.miss_blocks += passed
 
     def sink_hits(self, fetch: FetchPlan) -> list[Move]:
         """The blocks of a fetch that was closed were used: return the writes to lower tiers that admit them for it.

@@ -46,6 +46,7 @@ class Move:
         epoch: of the namespace's registration; after a reset the move commits nothing.
         generation: of the tier when the move was planned; a tier that lost its medium since has a newer one.
         owner: whose move it is, where several share a manager: owners take turns. 0: whoever calls in process.
+        nbytes: sum of slot_bytes, which queues ask for again and again.
     """
 
     root: bytes
@@ -60,18 +61,23 @@ class Move:
     epoch: int
     generation: int = 0
     owner: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = int(self.slot_bytes.sum())
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def block_keys(self) -> Keys:
-        """(m, 32) uint8: the keys of the moved blocks."""
+        """(m, 32) uint8: the keys of the moved blocks; a view where they lie next to each other. Not to be changed."""
+        count = len(self.positions)
+        if count and self.groups[0] == self.groups[-1]:
+            first, last = int(self.positions[0]), int(self.positions[-1])
+            if last - first + 1 == count:
+                return self.keys[first : last + 1]
         return self.keys[self.positions]
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.slot_bytes.sum())
 
     def batch(self, order: slice = slice(None)) -> Batch:
         """This move as a backend sees it, its blocks in that order."""
@@ -80,7 +86,9 @@ class Move:
         return Batch(self.block_keys[order], self.groups[order], offsets, self.slot_bytes[order], slots)
 
     def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Move:
-        """The chosen blocks of this move."""
+        """The chosen blocks of this move: itself where a mask chooses all."""
+        if isinstance(chosen, np.ndarray) and chosen.all():
+            return self
         return Move(
             self.root,
             self.keys,
@@ -128,6 +136,7 @@ class FetchPlan:
         open: False once nothing more may be pinned for it (deadline, release).
         truncated: the prefix was held further than the budget of pins allows.
         counted: its blocks are hits: somebody will use them. False for a prefetch.
+        asked: blocks that it was asked for; those that it does not supply are misses.
         epoch: of the namespace's registration.
     """
 
@@ -146,6 +155,30 @@ class FetchPlan:
     open: bool = True
     truncated: bool = False
     counted: bool = True
+    asked: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Probe:
+    """What a key-addressed tier is asked about one path.
+
+    Attributes:
+        tier: its number in the stack.
+        missing: (groups, n) bool: what the tier has said that it does not hold.
+        known: leading blocks that some tier holds, as of the last question.
+        epoch: of the namespace's registration; after a reset the answers go nowhere.
+        generation: of the tier; after the loss of its medium neither.
+        calls: made so far.
+    """
+
+    root: bytes
+    keys: Keys
+    tier: int
+    missing: npt.NDArray[np.bool_]
+    known: int
+    epoch: int
+    generation: int
+    calls: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from flexkv_core.backend import PAGE, Status
 from flexkv_core.errors import ManagerClosedError
 from flexkv_core.planner import Planner
 from flexkv_core.plans import FetchPlan, Move, Outcome
+from flexkv_core.probing import Probing
 from flexkv_core.region import HostRegion
 from flexkv_core.seal import SealFault, verify_blocks
 from flexkv_core.tier_queue import TierQueue
@@ -49,6 +50,7 @@ class Reading:
         planner: Planner,
         queues: dict[int, TierQueue],
         writing: Writing,
+        probing: Probing,
         lock: threading.RLock,
         region: HostRegion,
         *,
@@ -59,6 +61,7 @@ class Reading:
         self._planner = planner
         self._queues = queues
         self._writing = writing
+        self._probing = probing
         self._lock = lock
         self._region = region
         self._verify = verify
@@ -160,6 +163,7 @@ class Reading:
     def _settle(self, queue: TierQueue, move: Move, outcome: npt.NDArray[np.uint8]) -> None:
         with self._lock:
             corrupt = self._planner.finish_read(move, outcome)
+        self._probing.missed(move, outcome)
         if corrupt is not None:
             logger.warning(
                 "tier %s: %d blocks that are corrupt or cannot be read were dropped",

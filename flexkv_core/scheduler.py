@@ -17,7 +17,10 @@ from typing import Any
 from flexkv_core.backend import Listing, Recovered
 from flexkv_core.breaker import BreakerConfig
 from flexkv_core.errors import ManagerClosedError
+from flexkv_core.index import Keys
 from flexkv_core.planner import Planner
+from flexkv_core.plans import Probe
+from flexkv_core.probing import Probing
 from flexkv_core.reading import Reading
 from flexkv_core.region import HostRegion
 from flexkv_core.tier_health import TierHealth
@@ -33,7 +36,7 @@ class Scheduler:
     """See the module's docstring. Methods without a note are for the owner thread only.
 
     Attributes:
-        writing, reading: the moves between host memory and the lower tiers.
+        writing, reading: the moves between host memory and the lower tiers. probing: what asks them what they hold.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class Scheduler:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._jobs = 0
         self.writing = Writing(planner.down, self._queues, lock, self._progress)
+        self.probing = Probing(planner, self._queues, lock, self.call, self._progress)
         self.reading = Reading(
             planner,
             self._queues,
             self.writing,
+            self.probing,
             lock,
             region,
             verify=verify,
@@ -137,17 +142,34 @@ class Scheduler:
 
     # ---------------------------------------------------------------- tiers
 
-    def add_tier(self, number: int, link: Link, write_limit: int, most_in_flight: int, breaker: BreakerConfig) -> None:
-        """Take over a lower tier's link and start it; limits in bytes, see `TierQueue`."""
+    def add_tier(
+        self,
+        number: int,
+        link: Link,
+        write_limit: int,
+        most_in_flight: int,
+        breaker: BreakerConfig,
+        probe_ttl_s: float,
+    ) -> None:
+        """Take over a lower tier's link and start it; limits in bytes, see `TierQueue`, `Probing.add_tier`."""
         slow_s = breaker.slow_s or link.settings.deadline_s / 2
         book = self._planner.tiers[number]
         health = TierHealth(book, link, breaker, slow_s, self.loop.call_later, self._lock)
+        self.probing.add_tier(number, probe_ttl_s)
         self._queues[number] = TierQueue(number, link, health, write_limit, most_in_flight)
         link.start()
 
     def queues(self) -> dict[int, TierQueue]:
         """The lower tiers' queues by number; for figures only."""
         return self._queues
+
+    def may_know_more(self, root: bytes, keys: Keys, known: int) -> bool:
+        """Whether more than the `known` blocks of a path may be known soon: a tier is starting, or is asked now.
+
+        Any thread, under the lock.
+        """
+        starting = any(queue.link.state == "starting" for queue in self._queues.values())
+        return self.probing.want(root, keys, known) or starting
 
     def on_link_state(self, number: int, link: Link) -> None:
         """A link came up or went away (called by the link)."""
@@ -168,6 +190,7 @@ class Scheduler:
         self._wake_idle()
 
     def _list(self, queue: TierQueue) -> None:
+        queue.listed = False
         presence = self._planner.tiers[queue.number].presence
         if "list" not in queue.link.powers or presence is None:
             return
@@ -176,6 +199,7 @@ class Scheduler:
 
         def ended(complete: bool) -> None:
             queue.listings -= holds_up
+            queue.listed = complete
             self._progress(queue)
 
         def piece(listing: Listing) -> None:
@@ -209,6 +233,7 @@ class Scheduler:
         """Give up all that is queued and not started."""
         self.writing.abandon(queue)
         self.reading.abandon(queue)
+        self.probing.abandon(queue)
 
     # ---------------------------------------------------------------- traffic
 
@@ -247,11 +272,12 @@ class Scheduler:
     def _progress(self, queue: TierQueue) -> None:
         """Start as many calls as the tier takes; tell whoever waits for idleness."""
         while (taken := queue.take()) is not None:
-            lane, move = taken
-            if lane == "write":
-                self.writing.start(queue, move)
+            if isinstance(taken, Probe):
+                self.probing.start(queue, taken)
+            elif taken[0] == "write":
+                self.writing.start(queue, taken[1])
             else:
-                self.reading.start(queue, move)
+                self.reading.start(queue, taken[1])
         self._wake_idle()
 
     # ---------------------------------------------------------------- idleness

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from flexkv_core._native import BlockSet
 from flexkv_core.backend import Recovered
@@ -21,9 +21,14 @@ from flexkv_core.presence import Presence
 
 @dataclass(slots=True)
 class TierCounters:
-    """What a tier has done since the manager was opened; blocks and bytes."""
+    """What a tier has done since the manager was opened; blocks and bytes.
+
+    Of the blocks that fetches asked for, `hit_blocks` came from this tier; `miss_blocks` neither from this one nor from
+    a faster one. Prefetches count in neither.
+    """
 
     hit_blocks: int = 0
+    miss_blocks: int = 0
     stored_blocks: int = 0
     recovered_blocks: int = 0
     evicted_blocks: int = 0
@@ -35,6 +40,9 @@ class TierCounters:
     missing_blocks: int = 0
     dropped_blocks: int = 0
     given_up_blocks: int = 0
+    probes: int = 0
+    probed_blocks: int = 0
+    dropped_probes: int = 0
 
 
 @dataclass(slots=True)
@@ -86,12 +94,21 @@ class TierBook:
             return self.pool.used_bytes
         return self.presence.used_bytes if self.presence is not None else 0
 
-    def figures(self) -> dict[str, int | str | None]:
+    @property
+    def used_blocks(self) -> int:
+        """The tier's blocks; of a key-addressed one those that are known."""
+        if self.pool is not None:
+            return self.pool.used_slots
+        return len(self.presence) if self.presence is not None else 0
+
+    def figures(self) -> dict[str, Any]:
         """The tier's figures for `stats()`."""
         return {
             "backend": self.backend,
             "capacity_bytes": self.capacity_bytes,
             "used_bytes": self.used_bytes,
+            "used_blocks": self.used_blocks,
+            "free_blocks": self.pool.free_slots() if self.pool is not None else {},
             **asdict(self.counters),
         }
 

@@ -113,7 +113,7 @@ class TierHealth:
         if self._link.state != "ready":
             lane.void(call.ticket)  # `link_changed` counts what took the tier away
         else:
-            bad = int(((outcome == Outcome.FAILED) | (outcome == Outcome.CORRUPT)).sum())
+            bad = int(np.count_nonzero((outcome == Outcome.FAILED.value) | (outcome == Outcome.CORRUPT.value)))
             slow = call.took_s is not None and call.took_s > self._slow_s
             if slow:
                 self.last_trouble = f"a {call.lane} took {call.took_s:.3g} s"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
+from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status, SubmitOperation
 from flexkv_core.tier_link import LinkSettings, Operation, State, Statuses
-from flexkv_core.tier_worker import TierWorker
+from flexkv_core.tier_worker import PROBE_FAILED, TierWorker
 
 logger = logging.getLogger("flexkv.tier")
 
@@ -28,7 +28,6 @@ class InlineLink:
 
     pid = None
     restarts = 0
-    unexpected_answers = 0
 
     def __init__(
         self,
@@ -42,6 +41,7 @@ class InlineLink:
         self.capabilities: Capabilities | None = None
         self.powers: frozenset[str] = frozenset()
         self.last_error: str | None = None
+        self.unexpected_answers = 0
         self._loop = loop
         self._host = host
         self._on_state = on_state
@@ -88,6 +88,9 @@ class InlineLink:
         if worker is None or self.state != "ready" or (operation == "delete" and "delete" not in self.powers):
             self._loop.call_soon(on_done, failed)
             return
+        if operation != "delete" and worker.submits(operation):
+            self._submit(worker, operation, batch, on_done)
+            return
         self._run(
             lambda: worker.run(operation, batch),
             lambda statuses, error: on_done(failed if statuses is None else statuses),
@@ -95,15 +98,33 @@ class InlineLink:
             f"a {operation} was not answered in time",
         )
 
-    def probe(self, batch: Batch, on_done: Callable[[int], None]) -> None:
+    def _submit(
+        self, worker: TierWorker, operation: SubmitOperation, batch: Batch, on_done: Callable[[Statuses], None]
+    ) -> None:
+        timer = self._loop.call_later(self.settings.deadline_s, self._away, f"a {operation} was not answered in time")
+
+        def settle(statuses: Statuses, first: bool) -> None:
+            timer.cancel()
+            if first:
+                on_done(statuses)
+            else:
+                self.unexpected_answers += 1
+
+        def answer(statuses: Statuses, first: bool) -> None:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(settle, statuses, first)
+
+        worker.submit(operation, batch, answer)
+
+    def probe(self, batch: Batch, on_done: Callable[[int | None], None]) -> None:
         """As `TierLink.probe`."""
         worker = self._worker
         if worker is None or self.state != "ready":
-            self._loop.call_soon(on_done, 0)
+            self._loop.call_soon(on_done, None)
             return
         self._run(
             lambda: worker.probe(batch),
-            lambda count, error: on_done(count or 0),
+            lambda count, error: on_done(None if count == PROBE_FAILED else count),
             self.settings.deadline_s,
             "a probe was not answered in time",
         )
@@ -144,7 +165,12 @@ class InlineLink:
         if worker is None:
             return
         closed = asyncio.Event()
-        self._run(worker.close, lambda _, error: closed.set(), deadline_s, "")
+
+        def close() -> None:
+            worker.close()
+            worker.give_up()
+
+        self._run(close, lambda _, error: closed.set(), deadline_s, "")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(closed.wait(), deadline_s)
 

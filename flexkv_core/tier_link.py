@@ -29,6 +29,7 @@ import numpy.typing as npt
 from flexkv_core import tier_wire as wire
 from flexkv_core.backend import Batch, Capabilities, Listing, Recovered, Status
 from flexkv_core.framing import Reader, WireError
+from flexkv_core.tier_worker import PROBE_FAILED
 
 logger = logging.getLogger("flexkv.tier")
 
@@ -159,21 +160,24 @@ class TierLink:
 
     def submit(self, operation: Operation, batch: Batch, on_done: Callable[[Statuses], None]) -> None:
         """Have the tier read, write or delete; `on_done` gets one `Status` a block, exactly once, later."""
-        failed = np.full(len(batch), Status.FAILED, np.uint8)
 
         def answer(statuses: bytes | None) -> None:
-            on_done(failed if statuses is None else np.frombuffer(statuses, np.uint8))
+            if statuses is None:
+                on_done(np.full(len(batch), Status.FAILED, np.uint8))
+            else:
+                on_done(np.frombuffer(statuses, np.uint8))
 
         if operation == "delete" and self.state == "ready" and "delete" not in self.powers:
             self._loop.call_soon(answer, None)
             return
         self._call(operation, batch, answer, len(batch))
 
-    def probe(self, batch: Batch, on_done: Callable[[int], None]) -> None:
-        """Ask how many leading blocks the tier holds; 0 if it cannot say."""
+    def probe(self, batch: Batch, on_done: Callable[[int | None], None]) -> None:
+        """Ask how many leading blocks the tier holds; None if it could not say."""
 
         def answer(count: bytes | None) -> None:
-            on_done(0 if count is None else int(np.frombuffer(count, np.int32)[0]))
+            held = PROBE_FAILED if count is None else int(np.frombuffer(count, np.int32)[0])
+            on_done(held if 0 <= held <= len(batch) else None)
 
         if "probe" not in self.powers:
             self._loop.call_soon(answer, None)

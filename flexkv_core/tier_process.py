@@ -1,8 +1,8 @@
 """The tier process: one backend, run for the core at the other end of a socket.
 
 Started by `tier_link.py` as ``python -m flexkv_core.tier_process SOCKET_FD REGION_FD PARENT_PID``. Maps the host
-region, opens the backend, runs calls on as many threads as the backend allows, and dies with its parent. Its stdout
-is its stderr: what a backend prints does not get into an engine's output.
+region, opens the backend, runs calls on as many threads as the backend allows (or submits them), and dies with its
+parent. Its stdout is its stderr: what a backend prints does not get into an engine's output.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from flexkv_core.framing import Reader, WireError
 from flexkv_core.tier_wire import (
@@ -107,12 +108,22 @@ def _serve(worker: TierWorker, channel: _Channel, messages: Iterator[ToTier]) ->
         for _ in range(worker.answers()):
             channel.send(Done(call.number, answer))
 
+    def submit(call: Call) -> None:
+        def answer(statuses: npt.NDArray[np.uint8], first: bool) -> None:  # the core counts an answer too many
+            with contextlib.suppress(OSError):  # it is gone, and so is this process soon
+                channel.send(Done(call.number, statuses.tobytes()))
+
+        worker.submit("read" if call.operation == "read" else "write", batch_of(call), answer)
+
     pool = concurrent.futures.ThreadPoolExecutor(worker.capabilities.concurrency, "flexkv-backend")
     for message in messages:
         if isinstance(message, Close):
             break
         if isinstance(message, Call):
-            pool.submit(run, message)
+            if worker.submits(message.operation):
+                submit(message)
+            else:
+                pool.submit(run, message)
     worker.close()
 
 

@@ -7,11 +7,12 @@ due (`scheduler.py`).
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexkv_core.plans import Move
+from flexkv_core.plans import Move, Probe
 from flexkv_core.tier_health import Lane, TierHealth
 from flexkv_core.tier_inline import InlineLink
 from flexkv_core.tier_link import TierLink
@@ -29,14 +30,18 @@ class TierQueue:
 
     Attributes:
         health: whether it may be called, from how it has answered.
-        reads, prefetches, writes: moves not yet started; in this order they are, and within each their owners in turns.
+        reads, probes, prefetches, writes: what is not yet started; in this order it is, and within each line of
+            moves their owners in turns.
         write_limit: bytes that may be queued or being written: all of it is pinned in host memory.
         queued_bytes: how many are; writes_of: by owner.
         in_flight: calls that the tier has not answered; in_flight_bytes: what they move.
         most_in_flight: bytes that calls under way may move; only a single block may exceed it.
+        probing: probes under way: at most half of the calls that the tier takes at a time, so that one that hangs
+            stops no read where there is another place.
         recovering: the tier is saying what survived a restart; nothing else is asked of it. recovered: it has.
         settling: reads that came back and are being verified.
         listings: under way, of a tier whose capacity we keep: writes wait until it is known what it holds.
+        listed: it has said all that it holds since it came up.
     """
 
     number: int
@@ -45,24 +50,29 @@ class TierQueue:
     write_limit: int
     most_in_flight: int
     reads: Turns = field(default_factory=Turns)
+    probes: deque[Probe] = field(default_factory=deque)
     prefetches: Turns = field(default_factory=Turns)
     writes: Turns = field(default_factory=Turns)
     queued_bytes: int = 0
     writes_of: dict[int, int] = field(default_factory=dict)
     in_flight: int = 0
     in_flight_bytes: int = 0
+    probing: int = 0
     recovering: bool = False
     recovered: bool = False
     settling: int = 0
     listings: int = 0
+    listed: bool = False
 
     @property
     def idle(self) -> bool:
+        """No move waits or is under way. Probes do not count: they hold nothing."""
         return not (self.reads or self.prefetches or self.writes or self.in_flight or self.settling)
 
     @property
-    def queued_blocks(self) -> int:
-        return sum(len(move) for move in self.writes)
+    def queued_blocks(self) -> dict[str, int]:
+        """Blocks of moves not yet started; any thread."""
+        return {"read": self.reads.blocks, "prefetch": self.prefetches.blocks, "write": self.writes.blocks}
 
     @property
     def batch_blocks(self) -> int:
@@ -88,11 +98,13 @@ class TierQueue:
 
     # ---------------------------------------------------------------- what comes next
 
-    def take(self) -> tuple[Lane, Move] | None:
-        """Take what the tier has room for now: reads first, then prefetches, then writes; None where there is none."""
+    def take(self) -> tuple[Lane, Move] | Probe | None:
+        """Take what the tier has room for now, None if nothing: reads first, then probes, prefetches, writes."""
         concurrency = self.link.capabilities.concurrency if self.link.capabilities else 1
-        if self.recovering or self.in_flight >= concurrency:
+        if self.recovering or self.in_flight + self.probing >= concurrency:
             return None
+        if self.probes and not self.reads and self.probing < max(1, concurrency // 2):
+            return self.probes.popleft()
         line = self.reads or self.prefetches
         if not line and self.link.state == "ready" and not self.listings:
             line = self.writes
@@ -103,8 +115,9 @@ class TierQueue:
 
     def _head(self, line: Turns, room: int) -> Move:
         """Take from the head of a line at most one call's blocks and `room` bytes, but one block at least."""
-        fit = int(np.searchsorted(np.cumsum(line.head().slot_bytes), room, side="right"))
-        size = min(self.batch_blocks, max(1, fit))
+        head, size = line.head(), self.batch_blocks
+        if head.nbytes > room:
+            size = min(size, max(1, int(np.searchsorted(np.cumsum(head.slot_bytes), room, side="right"))))
         return line.take(size)
 
     # ---------------------------------------------------------------- what is under way

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,26 +24,32 @@ from flexkv_core.backend import (
     OpenContext,
     Recovered,
     Status,
+    SubmitOperation,
     SupportsDelete,
     SupportsList,
     SupportsProbe,
     SupportsRecover,
+    SupportsSubmit,
 )
 from flexkv_core.plugins import load_backend
 from flexkv_core.testing.faults import FaultyBackend, wrap
+from flexkv_core.tier_submit import Answer, Submissions
 
 POWERS: dict[str, type] = {
     "probe": SupportsProbe,
     "delete": SupportsDelete,
     "list": SupportsList,
     "recover": SupportsRecover,
+    "submit": SupportsSubmit,
 }
 """Optional powers of backends by the name that the core knows them by."""
+PROBE_FAILED = -1
+"""In the place of a number of blocks."""
 STATUSES = np.array(list(Status), np.uint8)
 
 
 class TierWorker:
-    """One opened backend. `run` and `listing` may be called from several threads."""
+    """One opened backend. `run`, `submit` and `listing` may be called from several threads."""
 
     def __init__(
         self,
@@ -74,6 +80,19 @@ class TierWorker:
         self.capabilities = made.capabilities
         self.powers = sorted(name for name, power in POWERS.items() if isinstance(made, power))
         self._logger = logger
+        self._submissions: Submissions | None = None
+        if isinstance(made, SupportsSubmit):
+            self._submissions = Submissions(made, max(1, made.capabilities.concurrency), self._statuses, logger)
+
+    def submits(self, operation: str) -> bool:
+        """Whether calls of this kind are to be submitted, not run."""
+        return self._submissions is not None and operation in get_args(SubmitOperation)
+
+    def submit(self, operation: SubmitOperation, batch: Batch, answer: Answer) -> None:
+        """Have the backend read or write without a thread of its own for it; returns at once. See `submits`."""
+        if self._submissions is None:
+            raise TypeError("this backend has no power 'submit'")
+        self._submissions.add(operation, batch, answer)
 
     def run(self, operation: str, batch: Batch) -> npt.NDArray[np.uint8]:
         """One `Status` a block; a backend that raises or breaks its duty has failed for the whole batch."""
@@ -88,14 +107,14 @@ class TierWorker:
         return self.backend.answers() if isinstance(self.backend, FaultyBackend) else 1
 
     def probe(self, batch: Batch) -> int:
-        """How many leading blocks are held; 0 if the backend cannot say."""
+        """How many leading blocks are held; `PROBE_FAILED` if the backend could not say."""
         try:
             if not isinstance(self.backend, SupportsProbe):
-                return 0
+                return PROBE_FAILED
             return min(max(int(self.backend.probe(batch)), 0), len(batch))
         except Exception:
             self._logger.exception("probe of %d blocks failed", len(batch))
-            return 0
+            return PROBE_FAILED
 
     def listing(self) -> Iterator[Listing]:
         """What the backend holds; raises what it raises."""
@@ -109,10 +128,20 @@ class TierWorker:
 
     def close(self) -> None:
         """Close the backend; an exception is logged."""
+        if self._submissions is not None:
+            self._submissions.stop()
         try:
             self.backend.close()
         except Exception:
             self._logger.exception("close failed")
+
+    def give_up(self) -> None:
+        """Answer FAILED for what was submitted and was not done when the backend had been closed.
+
+        Only where no process ends with it: else the core answers when that cannot touch host memory any more.
+        """
+        if self._submissions is not None:
+            self._submissions.give_up()
 
     def _statuses(self, operation: str, batch: Batch, answer: Sequence[Status]) -> npt.NDArray[np.uint8]:
         statuses = answer if isinstance(answer, np.ndarray) and answer.ndim == 1 else np.asarray(list(answer))

@@ -12,9 +12,14 @@ from flexkv_core.plans import Move
 
 
 class Turns:
-    """A queue of moves, by `Move.owner`. The owner at the front has its turn; taking a move ends it."""
+    """A queue of moves, by `Move.owner`. The owner at the front has its turn; taking a move ends it.
+
+    Attributes:
+        blocks: in all moves; any thread may read it.
+    """
 
     def __init__(self) -> None:
+        self.blocks = 0
         self._lines: dict[int, deque[Move]] = {}  # in order of turns; none is empty
 
     def __len__(self) -> int:
@@ -35,6 +40,7 @@ class Turns:
     def append(self, move: Move) -> None:
         """Queue a move behind its owner's others."""
         self._lines.setdefault(move.owner, deque()).append(move)
+        self.blocks += len(move)
 
     def head(self) -> Move:
         """The move whose turn it is. Raises IndexError where there is none."""
@@ -51,6 +57,7 @@ class Turns:
         if len(move) > blocks:
             line.appendleft(move.part(slice(blocks, None)))
             move = move.part(slice(0, blocks))
+        self.blocks -= len(move)
         if line:
             self._lines[move.owner] = line  # its next turn is after everyone else's
         return move
@@ -63,9 +70,11 @@ class Turns:
                 self._lines[owner] = kept
             else:
                 del self._lines[owner]
+        self.blocks = sum(map(len, self))
 
     def clear(self) -> list[Move]:
         """Empty it; what was in it."""
         moves = list(self)
         self._lines.clear()
+        self.blocks = 0
         return moves

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.index import NO_SLOT, Keys
-from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model, distinct
+from flexkv_core.ledger import NOWHERE, Ledger, Mask, Model, distinct, mask_of
 from flexkv_core.plans import HOST, Deletion, Move
+from flexkv_core.policies.admission import GuardedAdmission
 from flexkv_core.tier_book import TierBook
 
 
@@ -50,15 +51,18 @@ class WriteThrough:
             if coverage.kind == "all" and len(holes):
                 here[group, holes[0] :] = False
         for tier in tiers:
-            held = np.stack([self._ledger.holds(tier, root, keys, group) for group in range(len(here))])
-            offered = here & ~held
+            held = np.empty_like(here)
+            for group in range(len(here)):
+                held[group] = self._ledger.holds(tier, root, keys, group)
+            lacking = here & ~held
+            offered = lacking.copy()
             for group in range(len(here) if len(tier.queued) else 0):
                 at = np.flatnonzero(offered[group])
                 offered[group, at] = ~tier.queued.contains(keys[at], group)
-            queued = here & ~held & ~offered
+            taken = offered
             if tier.admission is not None:
-                offered &= touched
-            taken = self._admitted(model, tier, keys, offered, held | queued)
+                there = held | (lacking & ~offered)
+                taken = self._admitted(model, tier, tier.admission, keys, offered & touched, there)
             for group in range(len(here)):
                 at = np.flatnonzero(taken[group])
                 if len(at):
@@ -68,18 +72,18 @@ class WriteThrough:
         return writes
 
     @staticmethod
-    def _admitted(model: Model, tier: TierBook, keys: Keys, offered: Mask, there: Mask) -> Mask:
+    def _admitted(
+        model: Model, tier: TierBook, admission: GuardedAdmission, keys: Keys, offered: Mask, there: Mask
+    ) -> Mask:
         """Which of the offered blocks the tier takes: those that it admits and whose ancestors are there or come too.
 
-        All arguments but keys are (groups, n) bool; `there`: held or queued.
+        `offered` and `there` (held or queued) are (groups, n) bool.
         """
-        if tier.admission is None:
-            return offered
         taken = offered.copy()
         for group in range(len(offered)):
             at = np.flatnonzero(offered[group])
             if len(at):
-                taken[group, at] = tier.admission.admit(keys[at], group)
+                taken[group, at] = admission.admit(keys[at], group)
         for group, coverage in enumerate(model.coverages):
             if coverage.kind == "all":
                 missing = np.flatnonzero(~(there[group] | taken[group]))
@@ -116,7 +120,7 @@ class WriteThrough:
         model = self._ledger.models[move.root]  # known as long as the source is pinned in host memory
         booked = []
         for group in distinct(move.groups):
-            wanted = int((move.groups == group).sum())
+            wanted = len(move.groups[mask_of(move.groups, group)])
             got = self._ledger.book(tier, model, group, wanted)
             booked.append(np.concatenate([got, np.full(wanted - len(got), NO_SLOT, np.int64)]))
         move.tier_slots = np.concatenate(booked)
@@ -131,7 +135,7 @@ class WriteThrough:
         tier, counters = self._tiers[move.tier], self._tiers[move.tier].counters
         done = move.part(ok)
         counters.bytes_written += done.nbytes
-        counters.failed_blocks += int((~ok).sum())
+        counters.failed_blocks += len(move) - len(done)
         if tier.presence is not None:
             if tier.presence.capacity_bytes is not None:
                 tier.reserved_bytes -= move.nbytes

@@ -56,8 +56,7 @@ class Writing:
         cut: dict[int, int] = {}  # tier -> the first position that was dropped
         for move in writes:
             queue = self._queues[move.tier]
-            beyond = move.positions > cut.get(move.tier, move.positions[-1])
-            if beyond.any():
+            if move.tier in cut and (beyond := move.positions > cut[move.tier]).any():
                 self._drop(move.part(beyond))
                 move = move.part(~beyond)  # noqa: PLW2901
                 if not len(move):
@@ -67,8 +66,8 @@ class Writing:
                 self._drop(move)
                 continue
             room = queue.room_for(move.owner)
-            fits = np.cumsum(move.slot_bytes) <= room
-            if not fits.all():
+            if move.nbytes > room:
+                fits = np.cumsum(move.slot_bytes) <= room
                 dropped = move.part(~fits)
                 cut[move.tier] = int(dropped.positions[0])
                 self._drop(dropped)

@@ -11,4 +11,5 @@ void bind_index(nanobind::module_& m);   // index_bindings.cpp: the index
 void bind_sketch(nanobind::module_& m);  // sketch.cpp: which blocks were offered before
 void bind_presence(nanobind::module_& m);    // presence.cpp: what a key-addressed tier holds
 void bind_block_sets(nanobind::module_& m);  // block_sets.cpp: sets of blocks
+void bind_slot_pool(nanobind::module_& m);   // slot_pool.cpp: which slots of a tier are free
 }  // namespace flexkv

@@ -16,4 +16,5 @@ NB_MODULE(_native, m) {
   flexkv::bind_sketch(m);
   flexkv::bind_presence(m);
   flexkv::bind_block_sets(m);
+  flexkv::bind_slot_pool(m);
 }

@@ -28,14 +28,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # what moves where; when; isolation
     ("scheduler",),
     ("reading",),
-    ("writing",),
+    ("writing", "probing"),
     ("tier_queue",),
     ("tier_health",),
     ("planner", "tier_inline", "tier_process"),
-    ("tier_link", "write_through", "recovery"),
+    ("tier_link", "write_through", "recovery", "hints"),
     ("tier_worker", "ledger"),
     ("turns",),
-    ("tier_wire", "plans", "tier_book", "pins"),
+    ("tier_wire", "tier_submit", "plans", "tier_book", "pins"),
     # what is where
     ("presence", "failures"),
     ("index",),
@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("region", "epochs"),
     # keys, geometry: no I/O
     ("arguments",),
-    ("blocks", "locks", "framing"),
+    ("blocks", "locks", "framing", "logs", "identity"),
     ("layout",),
     ("errors", "_native", "__init__"),
 )

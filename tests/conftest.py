@@ -92,8 +92,9 @@ def make(make_index: MakeIndex) -> Make:
 
 @pytest.fixture
 def gates(install_plugin: Install) -> None:
-    """The backends `gate` and `slotgate` of `gates.py`, installed."""
+    """The backends `gate`, `sharedgate` and `slotgate` of `gates.py`, installed."""
     install_plugin("gate", "from gates import gate_backend as flexkv_backend")
+    install_plugin("sharedgate", "from gates import shared_gate_backend as flexkv_backend")
     install_plugin("slotgate", "from gates import slot_gate_backend as flexkv_backend")
 
 

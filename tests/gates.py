@@ -1,11 +1,13 @@
 """Backends and devices that wait at a gate, count their calls and fail when told to.
 
-`GateBackend` is key-addressed, `SlotGateBackend` slot-addressed; both keep blocks in a dict of this process, so they
-need `isolation: none`. The medium belongs to the `Gate` of that name, hence survives the backend.
+`GateBackend` is key-addressed, `SharedGateBackend` too, for several managers; `SlotGateBackend` is slot-addressed. All
+keep blocks in a dict of this process, so they need `isolation: none`. The medium belongs to the `Gate` of that name,
+hence survives the backend.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import threading
 import time
@@ -38,6 +40,7 @@ class Gate:
     Attributes:
         calls: (operation, names of the blocks) in the order in which they reached the backend.
         medium: what it holds: (key, group) or slot -> bytes. folder: what the core keeps beside that.
+        lies: probes claim to hold whatever they are asked for.
         most_bytes: of calls that were under way at a time.
     """
 
@@ -46,6 +49,7 @@ class Gate:
         self.medium: dict[Any, bytes] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="gate-")
         self.most_bytes = 0
+        self.lies = False
         self.failing: set[str] = set()
         self.failing_once: set[str] = set()
         self.unreadable: set[bytes] = set()  # keys
@@ -93,8 +97,15 @@ class GateConfig(fk.BackendConfig):
     concurrency: int = 1
     max_batch_blocks: int = 128
 
-    def epoch_directory(self) -> Path:
+    def epoch_directory(self) -> Path | None:
         return Path(GATES[self.gate].folder.name) / "epochs"
+
+
+class SharedGateConfig(GateConfig):
+    """Of a medium that is not one node's: its record of resets cannot lie there."""
+
+    def epoch_directory(self) -> Path | None:
+        return None
 
 
 class GateBackend(fk.Backend):
@@ -149,6 +160,21 @@ class KeptGateBackend(GateBackend):
         return [fk.Status.OK] * len(batch)
 
 
+class SharedGateBackend(GateBackend):
+    """With probe, and written to by others."""
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.capabilities = dataclasses.replace(self.capabilities, shared=True)
+
+    def probe(self, batch: fk.Batch) -> int:
+        assert not batch.offsets.any()
+        assert not batch.lengths.any()
+        self.gate.enter("probe", batch)
+        held = [self.gate.lies or name in self.gate.medium for name, _ in self._blocks(batch)]
+        return [*held, False].index(False)
+
+
 class SlotGateBackend(GateBackend):
     addressing = "slot"
 
@@ -189,6 +215,11 @@ class GatedDevice(CpuDevice):
 @fk.hookimpl
 def gate_backend() -> fk.BackendSpec:
     return fk.BackendSpec("gate", GateConfig, KeptGateBackend, contract_version=1, addressing="key")
+
+
+@fk.hookimpl
+def shared_gate_backend() -> fk.BackendSpec:
+    return fk.BackendSpec("sharedgate", SharedGateConfig, SharedGateBackend, contract_version=1, addressing="key")
 
 
 @fk.hookimpl

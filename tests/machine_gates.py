@@ -288,7 +288,7 @@ def gated_seal(host: Any, offsets: Any, lengths: Any, keys: Any, groups: Any, **
 class Complaints(logging.Handler):
     """Errors of the core that would otherwise only be logged."""
 
-    EXPECTED = ("a store failed", "a load failed", "%s of %d blocks failed", "a tier did not stop in time")
+    EXPECTED = ("a %s failed", "%s of %d blocks failed", "probe of %d blocks failed", "a tier did not stop in time")
 
     def __init__(self, gates: Gates) -> None:
         super().__init__()

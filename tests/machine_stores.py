@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -183,7 +184,8 @@ class Stores(Base):
             reading = waiting and queue.in_flight
             writing = queue.in_flight and queue.queued_bytes
             if link.pid is not None:
-                os.kill(link.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has crashed by itself meanwhile
+                    os.kill(link.pid, signal.SIGKILL)
                 self.say("kill -9")
                 self.taken["kill -9 during a fetch"] += bool(reading)
                 self.taken["kill -9 during a write"] += bool(writing)

@@ -37,9 +37,16 @@ SPEC = ModelSpec("rig", BLOCK_SIZE, (KVGroup(BLOCK_BYTES),))
 
 
 @contextlib.contextmanager
-def serving(path: Path, stack: Mapping[str, Any] = CPU_ONLY, linger_s: float | None = None) -> Iterator[Server]:
+def serving(
+    path: Path,
+    stack: Mapping[str, Any] = CPU_ONLY,
+    linger_s: float | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Iterator[Server]:
     """A server that is ready; stopped at the end."""
-    server = Server(load_config(stack, {}), path, linger_s)
+    server = Server(load_config(stack, environ or {}), path, linger_s, **options)
     ready, failed = threading.Event(), []
 
     def run() -> None:
@@ -196,6 +203,10 @@ sys.exit(run(load_config(json.loads(sys.argv[2]), {}), Path(sys.argv[1]), linger
 """
 
 
+def _stopped(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(") ")[2][0] == "T"
+
+
 class ServerProcess:
     """A server in a process of its own, that can be killed and started again."""
 
@@ -235,6 +246,16 @@ class ServerProcess:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(PATIENCE_S)
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It does nothing, and then goes on. A stop takes a thread at a time: this waits for the last."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            until(lambda: all(_stopped(task) for task in Path(f"/proc/{self.pid}/task").iterdir()))
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def __enter__(self) -> ServerProcess:
         self.start()

@@ -51,10 +51,18 @@ DUTY: dict[str, tuple[set[str], set[str], str]] = {
     "reads_once": ({"statuses", "identity"}, {"batches"}, "identity_of_many"),
     "slot_spills": ({"only-what-was-asked"}, {"identity", "statuses", "concurrency"}, "on_the_medium"),
     "slot_seeks": ({"concurrency"}, {"identity"}, "concurrency"),
+    "done_twice": ({"submit"}, set(), "submit or leaks_while"),
+    "done_never": (
+        {"submit"},
+        {"statuses", "identity", "probe", "delete", "concurrency"},
+        "submit or statuses_of_what",
+    ),
     "recovers_stale": ({"recovery"}, set(), "recovery"),
 }
 EVERYWHERE = {"identity", "statuses", "only-what-was-asked", "persistence", "kill", "close", "damage", "leaks"}
 """What a backend that mixes up, loses or hangs on blocks breaks in passing; only looked at with all duties."""
+
+SOUND_IN_CI = "recovery or kill or short or concurrency or medium or open_twice or in_flight or submit or leaks_after"
 
 SUITE = """
 from flexkv_core.testing import BackendConformance
@@ -77,7 +85,11 @@ def run(site: Path, name: str, chosen: str) -> dict[str, str]:
     """Run the suite on one backend in a pytest of its own: {test: failure, "" if it passed or was skipped}."""
     file, report = site / f"test_{sorted(BAD.glob('*.py')).index(BAD / f'{name}.py')}.py", site / f"{name}.xml"
     file.write_text(
-        SUITE.format(name=name, deadline=2 if name == "read_hangs" else 30, close=1 if name == "close_hangs" else 10)
+        SUITE.format(
+            name=name,
+            deadline=2 if name in ("read_hangs", "done_never") else 30,
+            close=1 if name == "close_hangs" else 10,
+        )
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", site, file]
     command += [f"--junitxml={report}", *(["-k", chosen] if chosen else [])]
@@ -114,7 +126,7 @@ def results(site: Path) -> dict[str, dict[str, str]]:
 
 
 def test_every_bad_backend_is_in_the_table() -> None:
-    assert {path.stem for path in BAD.glob("*.py")} == {*DUTY, "sound", "sound_slots"}
+    assert {path.stem for path in BAD.glob("*.py")} == {*DUTY, "sound", "sound_slots", "sound_submit"}
 
 
 @pytest.mark.parametrize("name", DUTY)
@@ -133,10 +145,10 @@ def test_a_bad_backend_fails_by_the_name_of_its_duty(name: str, results: dict[st
     assert named <= must | may | (EVERYWHERE if SOAK else set()), failures
 
 
-@pytest.mark.parametrize("name", ["sound", "sound_slots"])
+@pytest.mark.parametrize("name", ["sound", "sound_slots", "sound_submit"])
 def test_nothing_is_found_wrong_with_a_sound_one(name: str, site: Path) -> None:
     if name == "sound" and not SOAK:
         pytest.skip("in CI the directory backend is the sound one with keys")
-    chosen = "" if SOAK else "recovery or kill or short or concurrency or medium or open_twice or in_flight"
+    chosen = "" if SOAK else SOUND_IN_CI
     failures = {test: text for test, text in run(site, name, chosen).items() if text}
     assert not failures, "\n\n".join(failures.values())

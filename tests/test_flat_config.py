@@ -143,6 +143,7 @@ def test_older_names_of_layout_variables_are_taken() -> None:
 TAKEN = {
     "cpu_cache_gb", "ssd_cache_gb", "ssd_cache_dir", "enable_gds", "use_hugepage_cpu_buffer", "eviction_policy",
     "evict_ratio", "evict_start_threshold", "hit_reward_seconds", "max_file_size_gb", "iouring_entries", "index_accel",
+    "server_recv_port", "enable_metrics", "py_metrics_port",
 }  # fmt: skip
 """Keys with an effect in a flat file with an ssd tier; slru_protected_threshold needs eviction_policy: slru."""
 

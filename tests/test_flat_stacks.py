@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,21 @@ def test_an_explicit_file_beats_the_variable(tmp_path: Path) -> None:
 
 def test_nothing_else_reads_the_environment() -> None:
     root = Path(__file__).parents[1]
-    readers = set()
+    load, seeds = "flexkv_core/config/load.py", "flexkv_core/testing/conformance/suite.py"
+    place = "flexkv_core/server/paths.py"
+    readers: Counter[str] = Counter()
     for path in [*root.glob("flexkv_core/**/*.py"), *root.glob("backends/*/src/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.attr if isinstance(node, ast.Attribute) else node.name if isinstance(node, ast.alias) else ""
             if name in ("environ", "environb", "getenv"):
-                readers.add(str(path.relative_to(root)))
-    seeds = "flexkv_core/testing/conformance/suite.py"  # FLEXKV_SEED and FLEXKV_SOAK: of tests
-    assert readers == {"flexkv_core/config/load.py", seeds}
+                readers[str(path.relative_to(root))] += 1
+    # Beside the configuration: FLEXKV_SEED and FLEXKV_SOAK, of tests; and once XDG_RUNTIME_DIR, which is the system's
+    # word for where this user's sockets lie, and no setting of FlexKV: a client without any configuration needs it.
+    assert set(readers) == {load, seeds, place}
+    assert readers[place] == 1
+    text = (root / place).read_text()
+    assert text.count("variables.") == text.count('variables.get("XDG_RUNTIME_DIR", "")') == 1
+    assert "FLEXKV_" not in text
 
 
 # ------------------------------------------------------------------------- opened

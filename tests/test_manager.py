@@ -140,7 +140,7 @@ def test_a_full_queue_drops_and_never_waits(tmp_path: Path) -> None:
         for seed in range(200):
             engine.store(engine.keys(prompt(seed, 4)))
         figures = manager.stats()["tiers"]["directory"]
-        assert figures["queued_blocks"] <= 4
+        assert figures["queued_blocks"]["write"] <= 4
         assert figures["dropped_blocks"] > 0
         manager.close(1.0)
 

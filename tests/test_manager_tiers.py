@@ -166,7 +166,7 @@ def test_a_slot_is_not_given_away_while_it_is_read(gates: None) -> None:
         for seed in range(50, 54):
             transfer = rig.begin_store(rig.keys(seed, 2))
             assert transfer.wait(PATIENCE_S)
-        until(lambda: settled(manager)["tiers"]["gate"]["queued_blocks"] == 0)
+        until(lambda: settled(manager)["tiers"]["gate"]["queued_blocks"]["write"] == 0)
         gate.open("read")
         assert fetch.wait(PATIENCE_S)
         assert fetch.ready == 4

@@ -112,7 +112,20 @@ def test_turns_go_round_and_order_within_an_owner_stays() -> None:
         turns.append(move(owner, blocks))
     taken = []
     while turns:
+        assert turns.blocks == sum(map(len, turns))
         taken.append((turns.head().owner, len(turns.take(2))))
     assert taken == [(1, 2), (2, 1), (3, 2), (1, 2), (2, 2), (1, 1), (1, 1)]
+    assert turns.blocks == 0
     with pytest.raises(IndexError):
         turns.take(1)
+
+
+def test_turns_count_blocks_whatever_becomes_of_them() -> None:
+    turns = Turns()
+    for owner, blocks in ((1, 5), (2, 1), (1, 3)):
+        turns.append(move(owner, blocks))
+    assert turns.blocks == 9
+    turns.sift(lambda each: None if len(each) == 5 else each.part(slice(0, 1)))
+    assert turns.blocks == len(turns) == 2
+    turns.clear()
+    assert turns.blocks == 0

@@ -15,6 +15,9 @@ from server_rig import (
     BLOCK_BYTES,
     BLOCK_SIZE,
     PAGES,
+    PATIENCE_S,
+    SPEC,
+    GatedCpuDevice,
     ServerProcess,
     Wire,
     WorkerProcess,
@@ -33,6 +36,7 @@ from server_rig import (
 from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.errors import ServerRefusedError
 from flexkv_core.layout import KVGroup, ModelSpec
+from flexkv_core.server import connect
 from flexkv_core.server import messages as m
 from flexkv_core.server.agent import DeviceAgent
 from flexkv_core.server.reattach import holders, label_of
@@ -268,3 +272,35 @@ def thread_ticks(thread: int) -> int:
     """Hundredths of a second that a thread has run for."""
     fields = Path(f"/proc/self/task/{thread}/stat").read_text().rsplit(")", 1)[1].split()
     return int(fields[11]) + int(fields[12])
+
+
+def test_copies_of_a_server_that_is_gone_do_not_begin(tmp_path: Path) -> None:
+    """Its client was told that they failed, and may have given the device blocks to others."""
+    told: list[tuple[str, str | None]] = []
+    device = GatedCpuDevice([np.zeros((PAGES, BLOCK_BYTES), np.uint8)])
+    made = DeviceAgent(
+        tmp_path / "s", engine="e", device=device, threads=1, on_copied=lambda tag, _, error: told.append((tag, error))
+    )
+    try:
+        with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", engine="e") as cache:
+            assert made.wait_connected(PATIENCE_S)
+            model = cache.register(SPEC)
+            device.gate.clear()
+            for number in range(4):
+                cache.store(
+                    model,
+                    np.frombuffer(keys_of(model, number, 1), np.uint8).reshape(1, 32),
+                    np.array([number]),
+                    tag=str(number),
+                )
+            until(lambda: cache.stats()["server"]["agents"][0]["jobs"] == 4)
+            until(lambda: made._running == 4)
+            server.kill()
+            until(lambda: not made.connected)
+            device.gate.set()
+            until(lambda: len(told) == 4)
+        assert made.copies == 1
+        assert [error is None for _, error in told] == [True, False, False, False]
+    finally:
+        device.gate.set()
+        made.close()

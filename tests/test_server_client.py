@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -122,23 +121,45 @@ def test_another_version_is_told_with_both(tmp_path: Path) -> None:
         connect(tmp_path / "s")
 
 
+def test_another_version_after_a_restart_is_said_once_and_costs_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ServerProcess(tmp_path / "s")
+    with server, connect(tmp_path / "s") as cache:
+        model = cache.register(SPEC)
+        server.kill()
+        server.prelude = "import flexkv_core.server.messages as m; m.PROTOCOL = 999"
+        server._ready = (tmp_path / "s").exists  # type: ignore[method-assign]
+        (tmp_path / "s").unlink()
+        server.start()
+        tried: set[bytes] = set()
+
+        def misses() -> bool:
+            assert cache.lookup(model, keys(model)).blocks == 0
+            assert cache.fetch(model, keys(model)).why == "server"
+            tried.add(cache._session)
+            return len(tried) > 3
+
+        until(misses)
+        assert caplog.text.count("protocol 999") == 1
+
+
 def test_a_server_that_hangs_costs_one_deadline(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "s") as server, connect(tmp_path / "s", deadline_s=0.2) as cache:
         model = cache.register(SPEC)
         prefix = keys(model)
-        os.kill(server.pid, signal.SIGSTOP)
-        before = cache.figures()
-        assert cache.lookup(model, prefix).blocks == 0
-        assert cache.figures()["timeouts"] == before["timeouts"] + 1
-        for _ in range(100):
+        with server.hanging():
+            before = cache.figures()
             assert cache.lookup(model, prefix).blocks == 0
-            fetch = cache.fetch(model, prefix)
-            assert (fetch.done, fetch.ready, fetch.why) == (True, 0, "server")
-            assert cache.store(model, prefix, FIRST).error is not None
-        figures = cache.figures()
-        assert figures["timeouts"] == before["timeouts"] + 1, "no more than one call has waited"
-        assert figures["away"] - before["away"] == 300
-        os.kill(server.pid, signal.SIGCONT)
+            assert cache.figures()["timeouts"] == before["timeouts"] + 1
+            for _ in range(100):
+                assert cache.lookup(model, prefix).blocks == 0
+                fetch = cache.fetch(model, prefix)
+                assert (fetch.done, fetch.ready, fetch.why) == (True, 0, "server")
+                assert cache.store(model, prefix, FIRST).error is not None
+            figures = cache.figures()
+            assert figures["timeouts"] == before["timeouts"] + 1, "no more than one call has waited"
+            assert figures["away"] - before["away"] == 300
         until(lambda: cache.connected)  # its late answer has come
         assert cache.fetch(model, prefix).wait(10)
         assert cache.figures()["connections"] == 1
@@ -158,7 +179,7 @@ def test_a_server_that_was_killed_is_missed_at_once_and_found_again(tmp_path: Pa
         until(lambda: fetch.released)
         assert fetch.why == "server"
         transfer = cache.load(fetch, SECOND)
-        assert (transfer.done, transfer.error) == (True, "the fetch was server")
+        assert (transfer.done, transfer.error) == (True, "the fetch was lost with the server")
         assert cache.lookup(model, prefix).blocks == 0
         assert cache.fetch(model, prefix).done
         assert cache.store(model, prefix, FIRST).error == client.AWAY

@@ -7,17 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from server_rig import CPU_ONLY, SPEC, until
+from server_rig import CPU_ONLY, SPEC, ServerProcess, serving, until
 
 from flexkv_core.errors import DirectoryInUseError, ServerAwayError, SocketPathError
-from flexkv_core.server import client, connect
+from flexkv_core.server import connect, launch, starter
 from flexkv_core.server.launch import answers, embedded, ensure_server
 from flexkv_core.server.paths import LONGEST_PATH, PathLock, server_lock, socket_path
 
@@ -70,11 +72,81 @@ def test_the_default_path_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert socket_path(None, {"XDG_RUNTIME_DIR": str(runtime)}).parent == Path(f"/tmp/flexkv-{os.geteuid()}")
 
 
+def test_what_lies_at_the_default_path_is_no_crash(tmp_path: Path) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    for make in (lambda path: path.write_text(""), lambda path: path.symlink_to(tmp_path / "nowhere")):
+        make(runtime / "flexkv")
+        with pytest.raises(SocketPathError, match="alone"):
+            socket_path(None, {"XDG_RUNTIME_DIR": str(runtime)})
+        (runtime / "flexkv").unlink()
+
+
+def test_a_log_is_written_through_no_link_and_into_no_pipe(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "s.log").symlink_to(victim)
+    with pytest.raises(SocketPathError, match="cannot be opened"):
+        ensure_server(STACK, tmp_path / "s")
+    assert victim.read_text() == "precious"
+    (tmp_path / "s.log").unlink()
+    os.mkfifo(tmp_path / "s.log")
+    with pytest.raises(SocketPathError, match=r"s\.log: "):
+        ensure_server(STACK, tmp_path / "s")
+    server_lock(tmp_path / "s").release()
+
+
+def test_a_server_whose_lock_file_was_removed_is_found_by_its_socket(tmp_path: Path) -> None:
+    with serving(tmp_path / "s"):
+        (tmp_path / "s.lock").unlink(missing_ok=True)
+        with pytest.raises(DirectoryInUseError, match=f"process {os.getpid()}"):
+            server_lock(tmp_path / "s")
+
+
+def test_a_lock_that_was_handed_over_ends_with_its_last_holder(tmp_path: Path) -> None:
+    first = server_lock(tmp_path / "s")
+    second = server_lock(tmp_path / "s", os.dup(first.fd))
+    first.release()
+    with pytest.raises(DirectoryInUseError):
+        server_lock(tmp_path / "s")
+    second.release()
+    server_lock(tmp_path / "s").release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_refused(tmp_path: Path) -> None:
+    """Even where the directories and the socket would let them in."""
+    source = textwrap.dedent("""
+        import os, sys
+        sys.path.insert(0, sys.argv[2])
+        from server_rig import Wire, hello
+        from flexkv_core.errors import ServerAwayError
+        from flexkv_core.server import connect
+        os.setuid(65534)
+        try:
+            connect(sys.argv[1], connect_s=0.3)
+            sys.exit(1)
+        except ServerAwayError:
+            pass
+        with Wire(sys.argv[1]) as wire:
+            print(wire.ask(hello()).reason)
+            assert wire.hung_up()
+    """)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, serving(Path(folder) / "s"):
+        assert os.stat(f"{folder}/s").st_mode & 0o777 == 0o600
+        os.chmod(folder, 0o777)
+        os.chmod(f"{folder}/s", 0o777)
+        command = [sys.executable, "-c", source, f"{folder}/s", os.path.dirname(__file__)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (told.returncode, told.stderr) == (0, "")
+        assert "user 65534 is not the server's user 0" in told.stdout
+
+
 def test_a_lock_is_no_link_and_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "s.lock").symlink_to(victim)
-    with pytest.raises(SocketPathError, match="cannot be opened as a lock"):
+    with pytest.raises(SocketPathError, match="cannot be opened: Too many levels"):
         server_lock(tmp_path / "s")
     assert victim.read_text() == "precious"
     (tmp_path / "s.lock").unlink()
@@ -155,6 +227,75 @@ def test_what_a_killed_server_left_is_no_hindrance(tmp_path: Path) -> None:
     stop(second or 0)
 
 
+SLOW_CLOSE = """
+import pathlib, time
+closed, mark = daemon.KVCacheManager.close, pathlib.Path({!r})
+def slow(self, deadline_s):
+    mark.touch()
+    while mark.exists():
+        time.sleep(0.005)
+    closed(self, deadline_s)
+daemon.KVCacheManager.close = slow
+"""
+
+
+def test_a_server_that_is_stopping_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not answer any more, but holds the lock while it writes down what is queued."""
+    closing, tried = tmp_path / "closing", []
+
+    def counted(path: Path) -> PathLock:
+        tried.append(path)
+        return server_lock(path)
+
+    monkeypatch.setattr(launch, "server_lock", counted)
+    with ServerProcess(tmp_path / "s", prelude=SLOW_CLOSE.format(str(closing))) as first:
+        os.kill(first.pid, signal.SIGTERM)
+        until(closing.exists)
+        started: list[int | None] = []
+        thread = threading.Thread(target=lambda: started.append(ensure_server(STACK, tmp_path / "s", linger_s=60)))
+        thread.start()
+        until(lambda: len(tried) >= 2)
+        assert not started
+        closing.unlink()
+        thread.join(60)
+        assert started
+        assert started[0] not in (None, first.pid)
+        stop(started[0] or 0)
+
+
+def test_a_long_config_for_a_server_that_dies_at_once_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ServerAwayError, match="ended with 1"):
+        ensure_server({**STACK, "comment": "x" * (1 << 20)}, tmp_path / "s")
+    server_lock(tmp_path / "s").release()
+
+
+def test_another_stack_than_this_engines_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = {"tiers": [{"backend": "cpu", "capacity": "17MiB", "prefault": False}]}
+    with serving(tmp_path / "s", STACK):
+        embedded(STACK, tmp_path / "s").close()
+        assert "another stack" not in caplog.text
+        embedded(other, tmp_path / "s").close()
+        assert "another stack" in caplog.text
+
+
+MAIN_THREAD_DEAF = """
+import signal
+opened = daemon.Server._open
+def masked(self):
+    opened(self)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+daemon.Server._open = masked
+"""
+
+
+def test_sigterm_is_heard_whichever_thread_it_is_handed_to(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "s", prelude=MAIN_THREAD_DEAF) as server:
+        assert server.stop() == 0
+
+
 def test_an_embedded_server_ends_after_its_last_client(tmp_path: Path) -> None:
     with embedded(STACK, tmp_path / "s", linger_s=0.3) as cache:
         pid = cache.stats()["server"]["pid"]
@@ -167,7 +308,7 @@ def test_an_embedded_server_ends_after_its_last_client(tmp_path: Path) -> None:
 
 
 def test_an_embedded_server_that_was_killed_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "START_AFTER_S", 0.05)
+    monkeypatch.setattr(starter, "AFTER_S", 0.05)
     with embedded(STACK, tmp_path / "s", linger_s=0.3) as cache:
         model = cache.register(SPEC)
         pid = cache.stats()["server"]["pid"]

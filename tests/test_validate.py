@@ -32,9 +32,10 @@ def validate(*arguments: object, code: int = 0) -> Result:
 def test_a_flat_file(tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install_plugin("ssd", SSD)
     monkeypatch.setenv("FLEXKV_EVICT_RATIO", "0.05")
+    monkeypatch.setenv("FLEXKV_LOG_LEVEL", "DEBUG")
     monkeypatch.setenv("FLEXKV_ENABLE_TRASE", "1")
     file, figures = tmp_path / "flexkv.yaml", tmp_path / "figures.json"
-    file.write_text("cpu_cache_gb: 32\nssd_cache_gb: 64.5\nssd_cache_dir: /a;/b\nenable_metrics: 1\n")
+    file.write_text("cpu_cache_gb: 32\nssd_cache_gb: 64.5\nssd_cache_dir: /a;/b\nenable_metrics: 1\nenable_trace: 1\n")
     result = validate("--config", file, "--model", "llama-3.1-8b", "--json", figures)
     again = tmp_path / "again.yaml"
     again.write_text(result.stdout)
@@ -43,7 +44,8 @@ def test_a_flat_file(tmp_path: Path, install_plugin: Install, monkeypatch: pytes
         "#   cpu_cache_gb: 32.0  (file, cpu_cache_gb)",
         "#   evict_ratio: 0.05  (environment, FLEXKV_EVICT_RATIO)",
         "#   ssd_cache_dir: /a;/b  (file, ssd_cache_dir)",
-        "#   enable_metrics: needs the metrics endpoint, which is not in this version",
+        "#   enable_metrics: the server answers Prometheus at /metrics",
+        "#   enable_trace: needs the request trace, which is not in this version",
         "#   32 layers of full attention: 2,097,152 bytes a block, 2,101,248 with padding and seal",
         "#   cpu: 16,128 blocks, 258,048 tokens",  # 32 GiB are 256 runs of 63 slots
     ):
@@ -52,7 +54,8 @@ def test_a_flat_file(tmp_path: Path, install_plugin: Install, monkeypatch: pytes
     report = json.loads(figures.read_text())
     assert report["values"]["cpu_cache_gb"] == {"value": 32.0, "from": "file", "key": "cpu_cache_gb"}
     assert report["values"]["redis_port"] == {"value": 6379, "from": "default", "key": "redis_port"}
-    assert [each["key"] for each in report["without_effect"]] == ["enable_metrics"]
+    assert [each["key"] for each in report["without_effect"]] == ["enable_trace"]
+    assert [each["key"] for each in report["server"]] == ["enable_metrics", "FLEXKV_LOG_LEVEL"]
     assert report["flat"] is True
     assert [tier["name"] for tier in report["model"]["tiers"]] == ["cpu", "ssd"]
     assert report["model"]["tiers"][0]["tokens"] == 258_048

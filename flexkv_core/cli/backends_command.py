@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexkv_core.cli.new_backend import new_backend_command
-from flexkv_core.cli.replay import OutputError
+from flexkv_core.cli.output import write_json
 
 
 @click.group("backends", short_help="List the installed tier backends; write a new one.", invoke_without_command=True)
@@ -32,11 +31,7 @@ def backends_command(context: click.Context, json_file: Path | None) -> None:
     for row in rows:
         table.add_row(row["name"], row["distribution"], row["version"], row["error"] or "ok")
     Console().print(table)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"--json {json_file}: cannot be written: {error.strerror}") from error
+    write_json(json_file, rows)
 
 
 backends_command.add_command(new_backend_command)

@@ -10,6 +10,7 @@ from flexkv_core import __version__
 from flexkv_core.cli.backends_command import backends_command
 from flexkv_core.cli.replay import replay_command
 from flexkv_core.cli.serve import serve_command
+from flexkv_core.cli.status import status_command
 from flexkv_core.cli.validate import validate_command
 from flexkv_core.errors import FlexKVError
 
@@ -37,3 +38,4 @@ main.add_command(replay_command)
 main.add_command(backends_command)
 main.add_command(validate_command)
 main.add_command(serve_command)
+main.add_command(status_command)

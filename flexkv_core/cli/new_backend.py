@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from flexkv_core.backend import CONTRACT_VERSION
-from flexkv_core.cli.replay import OutputError
+from flexkv_core.cli.output import OutputError
 from flexkv_core.plugins import INSTALL_HINTS
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

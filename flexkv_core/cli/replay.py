@@ -6,7 +6,6 @@ figures (`report.py`), or anything of the cache.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -21,7 +20,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexkv_core.cli.report import Recorder, Report, format_bytes, make_report, make_timeline, print_report
+from flexkv_core.cli.output import OutputError, make_console, write_json
+from flexkv_core.cli.report import Recorder, format_bytes, make_report, make_timeline, print_report
 from flexkv_core.cli.runners import (
     BytesRunner,
     DevicePages,
@@ -32,7 +32,6 @@ from flexkv_core.cli.runners import (
     await_tiers,
 )
 from flexkv_core.cli.trace import TraceRequest, read_trace, request_tokens
-from flexkv_core.errors import FlexKVError
 from flexkv_core.models import KVGeometry, known_models, resolve_model, synthetic_geometry
 
 if TYPE_CHECKING:
@@ -44,14 +43,9 @@ BlockKeys = Callable[[npt.NDArray[np.int32], int, bytes], Keys]
 DEFAULT_BLOCK_BYTES = "64KiB"
 DEFAULT_BLOCK_SIZE = 512
 """Tokens a block where the stack names none: those of a hash id of the trace."""
-_FILE_WIDTH = 100
 _MEMCPY_EVERY = 16
 _MEMCPY_BYTES = 64 << 20
 _UNITS = {"": 1, "b": 1, **{f"{prefix}ib": 1 << 10 * n for n, prefix in enumerate("kmgt", 1)}}
-
-
-class OutputError(FlexKVError, OSError):
-    """A report that cannot be written."""
 
 
 def replay(
@@ -169,9 +163,7 @@ def replay_command(
     else:
         geometry = synthetic_geometry(parse_size(block_bytes or DEFAULT_BLOCK_BYTES), _block_size(stack))
     requests = read_trace(trace, limit)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+    console = make_console()
     with ExitStack() as resources:
         progress = resources.enter_context(_progress(console))
         if simulate:
@@ -184,8 +176,7 @@ def replay_command(
         seconds = time.perf_counter() - started
         report = make_report(recorder, runner.stats(), seconds, simulated=simulate, verify=verify, notes=runner.notes)
     print_report(report, console)
-    if json_file is not None:
-        _write_json(report, json_file)
+    write_json(json_file, report.to_json())
     if plot_file is not None:
         from flexkv_core.cli.plot import draw  # noqa: PLC0415
 
@@ -251,13 +242,6 @@ def _progress(console: Console) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
-
-
-def _write_json(report: Report, path: Path) -> None:
-    try:
-        path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"--json {path}: cannot be written: {error.strerror}") from error
 
 
 def _block_size(stack: StackConfig) -> int:

@@ -6,15 +6,13 @@ are `${NAME}` or `***`.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from flexkv_core.cli.replay import OutputError
+from flexkv_core.cli.output import printable, write_json
 
 DEFAULT_BLOCK_SIZE = 16
 _TIER_KEYS_SHOWN = ("cpu_cache_gb", "ssd_cache_gb")
@@ -52,6 +50,11 @@ def validate_command(
             name: {"value": value.written, "from": value.origin.kind, "key": value.origin.key}
             for name, value in loaded.values.items()
         },
+        "server": [
+            {"key": value.origin.key, "does": value.key.does}
+            for value in loaded.values.values()
+            if value.given and value.key.does
+        ],
         "without_effect": [{"key": each.key, "reason": each.reason} for each in loaded.notices],
         "warnings": list(loaded.warnings),
         "model": None,
@@ -61,12 +64,8 @@ def validate_command(
     for line in _lines(report):
         click.echo(line)
     for warning in loaded.warnings:
-        click.echo(f"warning: {_printable(warning)}", err=True)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"--json {json_file}: cannot be written: {error.strerror}") from error
+        click.echo(f"warning: {printable(warning)}", err=True)
+    write_json(json_file, report)
 
 
 def _model_report(stack: Any, name: str) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as YAML, all but the stack in comments."""
     import yaml  # noqa: PLC0415
 
-    yield f"# {_printable(report['source'])}: ok, {len(report['stack']['tiers'])} tier(s)"
+    yield f"# {printable(report['source'])}: ok, {len(report['stack']['tiers'])} tier(s)"
     yield yaml.safe_dump(report["stack"], sort_keys=False, allow_unicode=True, width=1 << 20).rstrip("\n")
     given = {
         name: value
@@ -120,18 +119,22 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     for name, value in given.items():
         text = ";".join(value["value"]) if name == "ssd_cache_dir" else str(value["value"])
         where = "default" if value["from"] == "default" else f"{value['from']}, {value['key']}"
-        yield f"#   {name}: {_printable(text)}  ({where})"
+        yield f"#   {name}: {printable(text)}  ({where})"
+    if report["server"]:
+        yield "\n# for the server:"
+    for setting in report["server"]:
+        yield f"#   {printable(setting['key'])}: {setting['does']}"
     if report["without_effect"]:
         yield "\n# accepted, no effect yet:"
     for notice in report["without_effect"]:
-        yield f"#   {_printable(notice['key'])}: {notice['reason']}"
+        yield f"#   {printable(notice['key'])}: {notice['reason']}"
     if report["model"] is not None:
         yield from _model_lines(report["model"])
 
 
 def _model_lines(model: dict[str, Any]) -> Iterator[str]:
     how = "" if model["block_size_from"] == "stack" else ", as engines choose where the stack does not say"
-    yield f"\n# {_printable(model['name'])}, {model['dtype']}, blocks of {model['block_size']} tokens{how}:"
+    yield f"\n# {printable(model['name'])}, {model['dtype']}, blocks of {model['block_size']} tokens{how}:"
     for group in model["groups"]:
         yield (
             f"#   {group['layers']} layers of {group['what']}: {group['block_bytes']:,} bytes a block, "
@@ -145,8 +148,3 @@ def _model_lines(model: dict[str, Any]) -> Iterator[str]:
         if len(tier["group_blocks"]) > 1:
             alone = f" (by itself, each group: {', '.join(f'{count:,}' for count in tier['group_blocks'])} blocks)"
         yield f"#   {tier['name']}: {tier['blocks']:,} blocks, {tier['tokens']:,} tokens{alone}"
-
-
-def _printable(text: Any) -> str:
-    """Without characters that would end a comment or steer a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", str(text))

@@ -232,7 +232,7 @@ def apply(document: Source, values: Values, *, flat: bool) -> list[Notice]:
         made.add("ssd_cache_dir")
     notices = []
     for given in values.values():
-        if given.given and given.key.name not in taken | made:
+        if given.given and not given.key.does and given.key.name not in taken | made:
             notices.append(Notice(given.origin.key, given.key.needs or _WITHOUT_EFFECT[given.key.name]))
     return notices
 

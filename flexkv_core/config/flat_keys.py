@@ -43,6 +43,7 @@ class FlatKey:
         parse: plain value to typed value; ValueError says what to write.
         target: the field of `Settings` that it fills, such as "server.socket"; "" for what makes tiers.
         needs: what is missing for it to have an effect, or why it never has one; "" if it has one.
+        does: what it does, where it has an effect and is about no tier.
         variables: environment variables that set it, the first one preferred.
         other_names: older names of it in files.
         in_file: whether files may have it.
@@ -53,6 +54,7 @@ class FlatKey:
     parse: Parse
     target: str = ""
     needs: str = ""
+    does: str = ""
     variables: tuple[str, ...] = ()
     other_names: tuple[str, ...] = ()
     in_file: bool = True
@@ -67,8 +69,6 @@ class FlatKey:
         return self.parse in _REFERENCES
 
 
-_SERVER = "needs the server (flexkv serve), which is not in this version"
-_METRICS = "needs the metrics endpoint, which is not in this version"
 _TRACE = "needs the request trace, which is not in this version"
 _GPU = "needs transfers to and from GPUs, which are not in this version"
 _LAYERWISE = "needs layerwise loading by a connector, which is not in this version"
@@ -78,7 +78,6 @@ _NIXL = "needs a NIXL backend, which is not in this version"
 _CONNECTOR = "needs an engine connector, and none is in this version"
 _LAYOUT = "blocks are stored block-first, whatever it says"
 _RANKS = "a block that all ranks share is written once, whatever it says"
-_LOGS = "needs the server or a connector: libraries do not set up logging"
 _NODES = "needs tensor parallelism over several nodes, which is not in this version"
 _SWA = "needs an engine connector: which KV groups a model has is what the engine registers"
 _PORT = whole(1, 65535)
@@ -89,11 +88,11 @@ def _layout(name: str) -> FlatKey:
     parse = choice("BLOCKFIRST", "LAYERFIRST")
     variable = f"{PREFIX}{name.upper()}"
     both = (variable, variable.removesuffix("_TYPE"))  # FlexKV reads FLEXKV_CPU_LAYOUT
-    return FlatKey(name, "BLOCKFIRST", parse, f"layout.{name.split('_', maxsplit=1)[0]}", _LAYOUT, both)
+    return FlatKey(name, "BLOCKFIRST", parse, f"layout.{name.split('_', maxsplit=1)[0]}", _LAYOUT, variables=both)
 
 
-def _variable(name: str, default: Any, parse: Parse, target: str, needs: str) -> FlatKey:
-    return FlatKey(name, default, parse, target, needs, (name,), in_file=False)
+def _variable(name: str, default: Any, parse: Parse, target: str, needs: str = "", does: str = "") -> FlatKey:
+    return FlatKey(name, default, parse, target, needs, does, (name,), in_file=False)
 
 
 KEYS: tuple[FlatKey, ...] = (
@@ -132,11 +131,13 @@ KEYS: tuple[FlatKey, ...] = (
     FlatKey("ssd_io_opt", True, flag, "transfer.ssd_io_opt", "coalescing of I/O is the ssd backend's own decision"),
     FlatKey("index_accel", True, flag),
     # server
-    FlatKey("server_client_mode", False, flag, "server.client_mode", _SERVER),
-    FlatKey("server_launch_mode", "embedded", choice("embedded", "external"), "server.launch_mode", _SERVER),
-    FlatKey("server_recv_port", None, socket_path, "server.socket", _SERVER),
-    FlatKey("instance_num", 1, whole(1, 4096), "server.instance_num", _SERVER),
-    FlatKey("instance_id", 0, whole(0, 4095), "server.instance_id", _SERVER),
+    FlatKey("server_client_mode", False, flag, "server.client_mode", _CONNECTOR),
+    FlatKey("server_launch_mode", "embedded", choice("embedded", "external"), "server.launch_mode", _CONNECTOR),
+    FlatKey(
+        "server_recv_port", None, socket_path, "server.socket", does="the socket of flexkv serve and flexkv status"
+    ),
+    FlatKey("instance_num", 1, whole(1, 4096), "server.instance_num", _CONNECTOR),
+    FlatKey("instance_id", 0, whole(0, 4095), "server.instance_id", _CONNECTOR),
     # layouts
     _layout("cpu_layout_type"),
     _layout("ssd_layout_type"),
@@ -153,17 +154,25 @@ KEYS: tuple[FlatKey, ...] = (
         _MODES,
         "transfer.kv_shared_across_ranks_mode",
         _RANKS,
-        ("FLEXKV_KV_SHARED_ACROSS_RANKS_MODE", "FLEXKV_MLA_D2H_MODE"),
-        ("mla_d2h_mode",),
+        variables=("FLEXKV_KV_SHARED_ACROSS_RANKS_MODE", "FLEXKV_MLA_D2H_MODE"),
+        other_names=("mla_d2h_mode",),
     ),
     FlatKey("enable_layerwise_transfer", False, flag, "transfer.layerwise", _LAYERWISE),
     FlatKey(
         "layerwise_notify_mode", "hostfunc", choice("hostfunc", "polling"), "transfer.layerwise_notify_mode", _LAYERWISE
     ),
     # metrics and trace
-    FlatKey("enable_metrics", False, flag, "metrics.enabled", _METRICS),
-    FlatKey("py_metrics_port", 8080, _PORT, "metrics.py_port", _METRICS),
-    FlatKey("cpp_metrics_port", 8081, _PORT, "metrics.cpp_port", _METRICS),
+    FlatKey("enable_metrics", False, flag, "metrics.enabled", does="the server answers Prometheus at /metrics"),
+    FlatKey(
+        "py_metrics_port", 8080, _PORT, "metrics.py_port", does="port of the server's metrics, with enable_metrics"
+    ),
+    FlatKey(
+        "cpp_metrics_port",
+        8081,
+        _PORT,
+        "metrics.cpp_port",
+        "native figures are served at py_metrics_port with all others",
+    ),
     FlatKey("enable_trace", False, flag, "trace.enabled", _TRACE),
     FlatKey("trace_file_path", "./flexkv_trace.log", text, "trace.path", _TRACE),
     FlatKey("trace_max_file_size_mb", 100, whole(1, _MOST), "trace.max_file_size_mb", _TRACE),
@@ -207,10 +216,22 @@ KEYS: tuple[FlatKey, ...] = (
         "INFO",
         choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "OFF"),
         "process.log_level",
-        _LOGS,
+        does="from which level on the server logs",
     ),
-    _variable("FLEXKV_LOGGING_PREFIX", "FLEXKV", text, "process.logging_prefix", _LOGS),
-    _variable("FLEXKV_NUM_LOG_INTERVAL_REQUESTS", 200, whole(1, _MOST), "process.log_interval_requests", _LOGS),
+    _variable(
+        "FLEXKV_LOGGING_PREFIX",
+        "FLEXKV",
+        text,
+        "process.logging_prefix",
+        does="the first word of the server's log lines",
+    ),
+    _variable(
+        "FLEXKV_NUM_LOG_INTERVAL_REQUESTS",
+        200,
+        whole(1, _MOST),
+        "process.log_interval_requests",
+        does="fetches from one summary in the server's log to the next",
+    ),
     _variable("FLEXKV_MASTER_HOST", "localhost", text, "process.master_host", _NODES),
     _variable("FLEXKV_MASTER_PORTS", (5556, 5557, 5558), ports, "process.master_ports", _NODES),
 )

@@ -1,4 +1,4 @@
-"""From a file, a mapping or the environment to a validated stack. The only module that looks at the environment.
+"""From a file, a mapping or the environment to a validated stack. The only module that reads FlexKV's variables.
 
 `load_stack` is for stacks alone. `load_config` is what a program starts with: it finds the file, takes flat files and
 variables, and says where every value came from. `load_to_open` takes either kind of file.
@@ -6,6 +6,8 @@ variables, and says where every value came from. `load_to_open` takes either kin
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from flexkv_core.config.flat import (
 from flexkv_core.config.flat_keys import CONFIG_PATH, FLAT, KEYS, REFUSED_BESIDE_TIERS, VARIABLES
 from flexkv_core.config.places import Path_, Source, located
 from flexkv_core.config.references import resolve
+from flexkv_core.config.secrets import secrets_in
 from flexkv_core.config.settings import Settings, settings_of
 from flexkv_core.config.source import read_source
 from flexkv_core.config.stack import StackConfig, StackKeys, stack_of
@@ -57,6 +60,18 @@ class LoadedConfig:
     values: Mapping[str, FlatValue]
     notices: tuple[Notice, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Names the stack: equal for equal documents, references unresolved and secrets masked."""
+        text = json.dumps(self.document, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """What was configured as a secret, in the clear: to keep it out of logs. Never show it."""
+        found = [tier.options.model_dump(mode="python") for tier in self.stack.tiers]
+        return frozenset(secrets_in([*found, self.settings.sharing.redis_password]))
 
 
 def load_stack(source: str | Path | Mapping[str, Any], environ: Mapping[str, str] | None = None) -> StackConfig:

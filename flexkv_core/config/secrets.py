@@ -7,7 +7,7 @@ are taken for secrets too, so that a careless author or a misspelt key shows non
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, get_args
 
@@ -58,6 +58,19 @@ def dump_with_secrets(options: BaseModel) -> dict[str, Any]:
     shown = options.model_dump(mode="json")
     revealed: dict[str, Any] = _reveal(options.model_dump(mode="python"), shown)
     return revealed
+
+
+def secrets_in(plain: Any) -> Iterator[str]:
+    """The secrets in a model's `model_dump(mode="python")`, in the clear: for those who must recognise them."""
+    if isinstance(plain, _SECRET_TYPES):
+        value = plain.get_secret_value()
+        yield value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    elif isinstance(plain, Mapping):
+        for item in plain.values():
+            yield from secrets_in(item)
+    elif isinstance(plain, list | tuple | AbstractSet):
+        for item in plain:
+            yield from secrets_in(item)
 
 
 def _reveal(plain: Any, shown: Any) -> Any:

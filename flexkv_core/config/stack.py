@@ -32,7 +32,16 @@ Model = TypeVar("Model", bound=BaseModel)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 REFERENCES_ALLOWED = frozenset({"state_directory"})
 """Keys of the core in which `${NAME}` may stand; the others are shown in figures and logs."""
-NOT_FOR_THE_HOST = ("faults", "breaker", "in_flight", "isolation", "deadline_s", "write_queue", "state_directory")
+NOT_FOR_THE_HOST = (
+    "faults",
+    "breaker",
+    "in_flight",
+    "isolation",
+    "deadline_s",
+    "write_queue",
+    "state_directory",
+    "probe_ttl_s",
+)
 """Keys about a backend's process and queue: the host tier has neither."""
 IndexName = Literal["native", "reference"]
 
@@ -67,6 +76,7 @@ class TierKeys(BaseModel):
     deadline_s: Annotated[float, Field(gt=0, le=86400, strict=True)] = 10.0
     write_queue: Size | None = None
     in_flight: Size | None = None
+    probe_ttl_s: Annotated[float, Field(ge=0, le=86400, strict=True)] = 5.0
     state_directory: Path | None = None
     breaker: BreakerConfig = BreakerConfig()
     faults: FaultConfig | None = None
@@ -101,6 +111,7 @@ class TierConfig:
         write_queue: bytes that may wait to be written down; None: a quarter of host memory.
         in_flight: bytes that calls under way may move; None: a quarter of host memory, at least 64 MiB.
         deadline_s: a call of the backend that takes longer gets its process killed.
+        probe_ttl_s: for how long a key-addressed tier is not asked again for a block that it did not have.
         breaker: when a lower tier that fails is left alone.
         faults: failures on purpose, in a lower tier.
         written: the tier's keys for eyes: references as `${NAME}`, secrets masked. The repr has these.
@@ -121,6 +132,7 @@ class TierConfig:
     deadline_s: float
     write_queue: int | None
     in_flight: int | None
+    probe_ttl_s: float
     state_directory: Path | None = field(repr=False)
     breaker: BreakerConfig
     faults: FaultConfig | None
@@ -213,6 +225,7 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
         deadline_s=keys.deadline_s,
         write_queue=keys.write_queue,
         in_flight=keys.in_flight,
+        probe_ttl_s=keys.probe_ttl_s,
         state_directory=keys.state_directory,
         breaker=keys.breaker,
         faults=keys.faults,
@@ -234,6 +247,8 @@ def _refuse_contradictions(source: Source, path: Path_, spec: BackendSpec, keys:
         raise source.error((*path, key), problem)
 
     _refuse_for_eviction(refuse, spec, keys)
+    if spec.addressing == "slot" and not hosts and "probe_ttl_s" in keys.model_fields_set:
+        refuse("probe_ttl_s", f"a {spec.name} tier is slot-addressed, the core knows what it holds: leave the key out")
     for key in NOT_FOR_THE_HOST if hosts else ():
         if key in keys.model_fields_set:
             refuse(key, "no backend runs for the host tier, its blocks lie in the core's memory: leave the key out")

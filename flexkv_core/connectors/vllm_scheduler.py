@@ -212,7 +212,10 @@ class SchedulerHalf:
             self._fetch(tracked)
             if tracked.fetch is None:
                 return 0
-        fetch, size = tracked.fetch, self._spec.block_size
+        return self._found(tracked, tracked.fetch, computed)
+
+    def _found(self, tracked: _Tracked, fetch: ClientFetch, computed: int) -> int | None:
+        size = self._spec.block_size
         if not fetch.done:
             now = time.monotonic()
             waited = now > tracked.give_up_at - self._fetch_s + FIRST_WAIT_S

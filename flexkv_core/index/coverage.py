@@ -35,6 +35,8 @@ def covered_prefix(available: BoolArray, coverages: Sequence[Coverage]) -> int:
             f"available is {available.dtype} {available.shape} for {len(coverages)} coverages: "
             "pass bool (groups, n) with one coverage for each of at least one group"
         )
+    if available.all():
+        return len(available[0])
     if all(coverage.kind == "all" for coverage in coverages):
         holes = np.flatnonzero(~available.all(axis=0))
         return int(holes[0]) if len(holes) else available.shape[1]

@@ -1,6 +1,6 @@
 """The process that `launch.py` starts: reads its config from standard input, and serves.
 
-python -m flexkv_core.server < JSON with "source", "socket" and "linger_s"
+python -m flexkv_core.server < JSON with "source", "socket", "linger_s" and "lock", a descriptor of the socket's lock
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flexkv_core.config import load_config
 from flexkv_core.errors import FlexKVError
+from flexkv_core.logs import configure
 from flexkv_core.server.daemon import run
 
 
@@ -23,7 +24,9 @@ def main() -> int:
     os.close(null)
     try:
         config = load_config(handed["source"])
-        return run(config, Path(handed["socket"]), linger_s=handed["linger_s"])
+        process = config.settings.process
+        configure(process.log_level, process.logging_prefix, secrets=config.secrets)
+        return run(config, Path(handed["socket"]), linger_s=handed["linger_s"], lock_fd=handed["lock"])
     except FlexKVError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

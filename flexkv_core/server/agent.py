@@ -4,8 +4,9 @@ Runs in the engine's worker process, which owns the device's memory. Owns the co
 and the threads that copy. Does not own which blocks are copied: the server names slots that are ready for it, and they
 stay so until the agent has answered.
 
-When the server goes away, the agent lets its copies end, keeps the region mapped and pinned, and connects again; a
-server that took over the same region finds it mapped. It waits for messages and never polls.
+When the server goes away, the agent lets the copies that run end and begins no others, since the client was told that
+they failed. It keeps the region mapped and pinned, and connects again; a server that took over the same region finds
+it mapped. It waits for messages and never polls.
 """
 
 from __future__ import annotations
@@ -42,10 +43,6 @@ MAX_REVOKED = 1 << 16
 """Tags that are remembered; a copy that was asked for so many revocations ago is long over."""
 
 
-class RevokedError(RuntimeError):
-    """A copy whose device blocks belong to another by now."""
-
-
 Copied = Callable[[str, Direction, str | None], None]
 
 
@@ -59,7 +56,8 @@ class DeviceAgent:
         groups: how many KV groups the model has; the device may have nothing of some.
         rank, ranks: this worker's number, and how many the engine has.
         threads: copies at a time.
-        on_copied: called after each copy, on its thread, with the client's tag, the direction and the error or None.
+        on_copied: called when each job has ended, begun or not, on its thread, with the client's tag, the direction and
+            the error or None.
 
     Attributes:
         copies: made so far.
@@ -116,8 +114,10 @@ class DeviceAgent:
             return self._connected
 
     def revoke(self, tag: str) -> None:
-        """Copy nothing of this tag any more: its device blocks are about to be others'. Returns when no copy of it runs;
-        one that the server asks for later fails."""
+        """Copy nothing of this tag any more: its device blocks are about to be others'.
+
+        Returns when no copy of it runs; one that the server asks for later fails.
+        """
         with self._changed:
             self._revoked[tag] = None
             while len(self._revoked) > MAX_REVOKED:
@@ -170,14 +170,14 @@ class DeviceAgent:
         try:
             connection.settimeout(ANSWER_S)
             connection.connect(self._path)
-            previous, self._session = self._session, os.urandom(16)
+            session = os.urandom(16)
             hello = m.Hello(
                 m.PROTOCOL,
                 __version__,
                 "agent",
                 self._engine,
-                self._session,
-                previous=previous,
+                session,
+                previous=self._session,
                 rank=self._rank,
                 ranks=self._ranks,
                 shapes=self._shapes,
@@ -199,6 +199,7 @@ class DeviceAgent:
                 raise ServerRefusedError(answer.reason)
             if not isinstance(answer, m.Welcome) or len(fds) != 1:
                 raise WireError(f"{type(answer).__name__} with {len(fds)} descriptors is no welcome for an agent")
+            self._session = session  # that the server knows; another answer has not ended the one before
             self._map(fds[0], answer)
         except BaseException:
             connection.close()
@@ -258,7 +259,9 @@ class DeviceAgent:
         try:
             with self._changed:
                 if job.tag in self._revoked:
-                    raise RevokedError("its device blocks are not its own any more")
+                    raise WireError("its device blocks are not its own any more")
+                if not (self._connected or self._closing):
+                    raise WireError("the server went away before the copy began")
                 self._tags[job.tag] += 1
                 began = True
             region = self._region
@@ -266,13 +269,14 @@ class DeviceAgent:
             move = self._device.gather if job.direction == "gather" else self._device.scatter
             for group, offsets, blocks in job.parts:
                 move(region.buffer, m.numbers_of(offsets), m.numbers_of(blocks), group)
-        except RevokedError as revoked:
-            error = str(revoked)
+            with self._changed:
+                self.copies += 1
+        except WireError as caught:
+            error = str(caught)
         except Exception as caught:
             logger.exception("rank %d could not copy", self._rank)
             error = str(caught) or type(caught).__name__
         with self._changed:
-            self.copies += 1
             if began:
                 self._tags[job.tag] -= 1
                 if not self._tags[job.tag]:

@@ -1,7 +1,9 @@
 """The client's end of one connection: sending, receiving, and coming back after the server went away.
 
-Owns the socket and who reads it. There is no thread and no polling: whoever waits reads on behalf of all, up to its own
-deadline, and every call first takes in what has come. Does not own what messages mean (`client.py`).
+Owns the socket, who reads it and what it had no room for. There is no thread and no polling: whoever waits reads on
+behalf of all, up to its own deadline, and every call first takes in what has come. Sending never waits. An open
+connection is given up only when the server has closed it or breaks the protocol: one that hangs may still do what it
+was told, so nothing that it was told can be called over. Does not own what messages mean (`client.py`).
 """
 
 from __future__ import annotations
@@ -18,28 +20,34 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from flexkv_core.errors import ServerRefusedError
+from flexkv_core.errors import ServerRefusedError, StateError
 from flexkv_core.framing import Reader, WireError
 from flexkv_core.server import messages as m
 
 logger = logging.getLogger("flexkv.client")
 
 RECEIVE_BYTES = 1 << 18
+SEND_BUFFER_BYTES = 1 << 20
+"""Asked of the system, which may give less: a prompt's keys should go out in one piece."""
+MAX_UNSENT_BYTES = 4 << 20
+"""What the server may leave unread here before further requests are not taken."""
 BACKOFF_S = 0.05
 BACKOFF_MAX_S = 1.0
 """First and longest wait between two attempts to connect; attempts are made by calls, and delay none."""
 WELCOME_S = 5.0
 """A server that has not answered the handshake by then is tried anew."""
 
-LONGEST_POLL_S = 3600.0
-"""What poll() can be told; a longer wait is several."""
+LONGEST_WAIT_S = 3600.0
+"""What poll() and locks can be told; a longer wait is several."""
 
 CLOSED = "closed"
+PASSING = ("stopping", "full")
+"""Refusals that the next attempt may not meet: as if no server were there."""
 State = Literal["away", "greeting", "open", "closed"]
 
 
 class Channel:
-    """See the module's docstring. Any thread.
+    """See the module's docstring. Any thread of the process that made it.
 
     Args:
         path: of the server's socket.
@@ -51,6 +59,9 @@ class Channel:
         changed: held around all changes of state; notified after them.
         refused: why the server would not have us, the last time it said so.
         connections: how many were opened so far.
+
+    Raises StateError from every method but `close` in a process that was forked from its own: two readers of one
+    stream would tear it apart.
     """
 
     def __init__(
@@ -66,11 +77,14 @@ class Channel:
         self._received = received
         self._welcomed = welcomed
         self._lost = lost
+        self._pid = os.getpid()
         self._socket: socket.socket | None = None
         self._reader = Reader(m.MAX_MESSAGE_BYTES)
+        self._unsent = bytearray()
         self._state: State = "away"
         self._reading = False
-        self._sending = threading.Lock()
+        self._polling = 0
+        self._given_up: list[socket.socket] = []  # not closed while a thread may poll them: numbers are used again
         self._retry_at = 0.0
         self._backoff_s = BACKOFF_S
         self._greeted_at = 0.0
@@ -83,10 +97,21 @@ class Channel:
         """ "away": no connection; "greeting": one without a welcome so far; "open"; "closed": for good."""
         return self._state
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that the socket had no room for so far."""
+        return len(self._unsent)
+
+    def check_process(self) -> None:
+        """Raises StateError in another process than the one that made this."""
+        if os.getpid() != self._pid:
+            raise StateError("this client was made in another process: connect() in this one")
+
     # ---------------------------------------------------------------- connecting
 
     def connect(self) -> None:
         """Begin to connect, if it is time to try. Never waits."""
+        self.check_process()
         with self.changed:
             now = time.monotonic()
             if self._state == "greeting" and now > self._greeted_at + WELCOME_S:
@@ -98,6 +123,7 @@ class Channel:
             connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             try:
                 connected.setblocking(False)
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
                 connected.connect(self._path)
                 _check_owner(connected)
                 connected.sendall(m.encode(self._introduce()))  # into an empty buffer: it fits
@@ -111,17 +137,31 @@ class Channel:
     def _drop(self, reason: str) -> None:
         """The connection is no more (condition held)."""
         was, self._state = self._state, "away"
+        self._unsent.clear()
         if self._socket is not None:
-            self._socket.close()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes whoever polls it
+            self._given_up.append(self._socket)
             self._socket = None
+            self._close_given_up()
         if was == "open":
             if reason != CLOSED:
                 logger.warning("the server at %s is away: %s", self._path, reason)
             self._lost(reason)
         self.changed.notify_all()
 
+    def _close_given_up(self) -> None:
+        if not self._polling:
+            for connected in self._given_up:
+                connected.close()
+            self._given_up.clear()
+
     def close(self) -> None:
-        """End for good. Safe to call twice."""
+        """End for good. Safe to call twice, and in a process that was forked, which gives up its copy only."""
+        if os.getpid() != self._pid:
+            if self._socket is not None:
+                self._socket.close()
+            return
         with self.changed:
             if self._state == "closed":
                 return
@@ -130,72 +170,96 @@ class Channel:
 
     # ---------------------------------------------------------------- sending
 
-    def send(self, message: m.Message, deadline: float) -> bool:
-        """Send, waiting for room until the deadline (of the monotonic clock); False: it did not go out, and a
-        connection that took part of it is dropped."""
-        data = m.encode(message)
-        with self._sending:
-            connected = self._socket
-            if connected is None:
-                return False
-            view, sent = memoryview(data), 0
-            try:
-                while True:
-                    with contextlib.suppress(BlockingIOError, InterruptedError):
-                        sent += connected.send(view[sent:])
-                    if sent == len(data):
-                        return True
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        break
-                    poller = select.poll()
-                    poller.register(connected, select.POLLOUT)
-                    poller.poll(left * 1000)
-            except (OSError, ValueError) as error:  # ValueError: closed meanwhile
-                self._fail(connected, f"sending failed: {error}")
-                return False
-            if sent:
-                self._fail(connected, "it takes no more messages")
-        return False
+    def send(self, message: m.Message, *, request: bool = True) -> bool:
+        """Send, or keep what the socket has no room for, which later calls send. Never waits.
 
-    def _fail(self, connected: socket.socket, reason: str) -> None:
+        Args:
+            request: False for what says that something is over, which is small and always taken.
+
+        Returns False if it was not taken: there is no connection, the message is too long, or the server has left
+        much unread.
+        """
+        self.check_process()
+        try:
+            data = m.encode(message)
+        except WireError as error:
+            logger.error("not sent: %s", error)
+            return False
         with self.changed:
-            if self._socket is connected:
-                self._drop(reason)
+            if self._socket is None or self._state != "open" or (request and len(self._unsent) > MAX_UNSENT_BYTES):
+                return False
+            if self._unsent:
+                self._unsent += data
+                self._flush(self._socket)
+            else:
+                sent = self._send_some(self._socket, data)
+                if sent < len(data) and self._state == "open":
+                    self._unsent += memoryview(data)[sent:]
+            return self._state == "open"
+
+    def _flush(self, connected: socket.socket) -> None:
+        """Send of what was kept what there is room for (condition held)."""
+        while self._unsent:
+            sent = self._send_some(connected, self._unsent)
+            if not sent:
+                return
+            del self._unsent[:sent]
+
+    def _send_some(self, connected: socket.socket, data: bytes | bytearray) -> int:
+        """How much went out; 0 too if that was the end of the connection."""
+        try:
+            return connected.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._drop(f"sending failed: {error}")
+            return 0
 
     # ---------------------------------------------------------------- receiving
 
     def pump(self) -> None:
-        """Take in what has come, unless somebody is reading anyway. Never waits."""
+        """Send what was kept, and take in what has come unless somebody is reading anyway. Never waits."""
+        self.check_process()
         with self.changed:
-            if self._reading or self._socket is None:
-                return
-            self._take(self._socket)
+            if self._socket is not None and self._unsent:
+                self._flush(self._socket)
+            if self._socket is not None and not self._reading:
+                self._take(self._socket)
 
     def wait(self, until: Callable[[], bool], deadline: float) -> bool:
-        """Read until `until()` is true, the deadline has come, or there is no connection; returns `until()`."""
+        """Read and send until `until()` is true, the deadline (of the monotonic clock) has come, or there is no
+        connection; returns `until()`."""
+        self.check_process()
         while True:
             with self.changed:
-                left = deadline - time.monotonic()
+                left = min(deadline - time.monotonic(), LONGEST_WAIT_S)
                 connected = self._socket
                 if until() or left <= 0 or connected is None:
                     return until()
-                if self._reading:
+                events = select.POLLOUT if self._unsent else 0
+                reading = not self._reading
+                if reading:
+                    self._reading = True
+                    events |= select.POLLIN
+                elif not events:
                     self.changed.wait(left)
                     continue
-                self._reading = True
+                self._polling += 1
             try:
                 poller = select.poll()
-                poller.register(connected, select.POLLIN)
-                poller.poll(min(left, LONGEST_POLL_S) * 1000)
-            except (OSError, ValueError):  # closed by another thread
-                pass
+                poller.register(connected, events)
+                poller.poll(left * 1000)
             finally:
                 with self.changed:
-                    self._reading = False
+                    self._polling -= 1
+                    self._close_given_up()
                     if self._socket is connected:
-                        self._take(connected)
-                    self.changed.notify_all()
+                        self._flush(connected)
+                    if reading:
+                        self._reading = False
+                        if self._socket is connected:
+                            self._take(connected)
+                        self.changed.notify_all()
 
     def _take(self, connected: socket.socket) -> None:
         """Receive once and hand on every message that is complete (condition held)."""
@@ -225,6 +289,8 @@ class Channel:
             self._state, self._backoff_s, self.refused = "open", BACKOFF_S, None
             self.connections += 1
             self._welcomed(message)
+        elif isinstance(message, m.Refused) and message.kind in PASSING:
+            self._drop(message.reason)
         elif isinstance(message, m.Refused):
             if self.refused is None:
                 logger.error("the server at %s does not take this client: %s", self._path, message.reason)

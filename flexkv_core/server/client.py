@@ -3,19 +3,20 @@
 Owns what is asked and not yet answered, and that an engine never waits for a server that does not answer: a call that
 runs into its deadline is a miss, and from then on calls are misses at once until the server speaks again. When the
 server went away, what was under way ends, calls are misses at once, and later calls connect anew by themselves. Does
-not own the connection (`channel.py`) or starting a server (`launch.py`).
+not own the connection (`channel.py`), what the server is told of namespaces (`client_names.py`) or starting a server
+(`launch.py`).
 
 `lookup` and the others take keys, not tokens: hashing happens here, in the engine's process, by `block_keys`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,18 +41,20 @@ from flexkv_core.layout import ModelSpec
 from flexkv_core.server import messages as m
 from flexkv_core.server.channel import Channel
 from flexkv_core.server.client_handles import ClientFetch, ClientTransfer
+from flexkv_core.server.client_names import Names
+from flexkv_core.server.starter import Starter
 
 logger = logging.getLogger("flexkv.client")
 
 CALL_DEADLINE_S = 1.0
 FETCH_DEADLINE_S = 10.0
+FETCH_GRACE_S = 0.2
+"""How long after a fetch's deadline the server's word of it is waited for."""
 MAX_UNDER_WAY = 4096
 """Fetches and transfers that have not ended; beyond, new ones end at once."""
-START_AFTER_S, START_AFTER_MAX_S = 0.5, 60.0
-"""Between two attempts to have a server started: at first, and at most; it doubles in between."""
-REGISTER_AGAIN_S = 0.1
-"""Between two attempts to make namespaces known to a server that is still starting."""
 AWAY = "the server went away"
+BUSY = "too much is under way"
+WHY = {"server": "lost with the server"}
 _ERRORS: dict[str, Callable[[str], FlexKVError]] = {
     "namespace": UnknownNamespaceError,
     "input": LayoutError,
@@ -84,26 +87,19 @@ class Client:
         role: m.Role = "client",
         starter: Callable[[], object] | None = None,
     ) -> None:
-        self._starter = starter
-        self._start_at = time.monotonic() + START_AFTER_S
-        self._starts = 0
-        self._starting: threading.Thread | None = None
+        self._starter = Starter(starter) if starter is not None else None
         self.engine = engine if engine is not None else os.urandom(8).hex()
         self._deadline_s = deadline_s
         self._digest = stack_digest
         self._role = role
-        self._pid = os.getpid()
-        self._session = b""
+        self._session = self._welcomed_session = b""
         self._numbers = itertools.count(1)
         self._answers: dict[int, m.FromServer | None] = {}
         self._fetches: dict[int, ClientFetch] = {}
         self._transfers: dict[int, ClientTransfer] = {}
-        self._models: dict[bytes, tuple[ModelSpec, Namespace]] = {}  # that the caller uses
-        self._known: set[bytes] = set()  # of these, those that the present server knows
-        self._asked: dict[int, bytes] = {}  # registrations after a reconnection, by number
-        self._resets: list[tuple[ModelSpec, Namespace]] = []  # that the server has not heard of: what was reset
-        self._register_at = 0.0
+        self._names = Names(lambda: next(self._numbers))
         self._suspect = False
+        self._heard_at = 0.0
         self._counts = dict.fromkeys(("calls", "away", "timeouts", "busy"), 0)
         self.welcome: m.Welcome | None = None
         self._channel = Channel(os.fspath(path), self._hello, self._received, self._welcomed, self._lost)
@@ -119,21 +115,29 @@ class Client:
     # ---------------------------------------------------------------- the connection (condition held)
 
     def _hello(self) -> m.Hello:
-        previous, self._session = self._session, os.urandom(16)
+        self._session = os.urandom(16)
         return m.Hello(
-            m.PROTOCOL, __version__, self._role, self.engine, self._session, previous=previous, stack=self._digest
+            m.PROTOCOL,
+            __version__,
+            self._role,
+            self.engine,
+            self._session,
+            previous=self._welcomed_session,  # the last that can hold anything
+            stack=self._digest,
         )
 
     def _welcomed(self, welcome: m.Welcome) -> None:
+        if self._digest and welcome.stack != self._digest and (self.welcome is None or self.welcome != welcome):
+            logger.warning("the server (process %d) has another stack than this engine's config", welcome.pid)
         self.welcome = welcome
+        self._welcomed_session = self._session
         self._suspect = False
-        self._register_at = 0.0
-        self._starts, self._start_at = 0, 0.0
+        if self._starter is not None:
+            self._starter.succeeded()
 
     def _lost(self, reason: str) -> None:
         """Nothing that was under way will be answered."""
-        self._known.clear()
-        self._asked.clear()
+        self._names.lost()
         self._answers.clear()
         self._suspect = False
         fetches, self._fetches = self._fetches, {}
@@ -145,6 +149,7 @@ class Client:
 
     def _received(self, message: m.FromServer) -> None:
         self._suspect = False
+        self._heard_at = time.monotonic()
         if isinstance(message, m.Progress):
             fetch = self._fetches.get(message.id)
             if fetch is not None:
@@ -159,21 +164,17 @@ class Client:
                 transfer.end(0, message.text)
         elif isinstance(message, m.Failed) and message.id in self._fetches:
             self._fetches.pop(message.id).end("reset" if message.kind == "namespace" else "refused")
-        elif isinstance(message, (m.Registered, m.Failed)) and message.id in self._asked:
-            root = self._asked.pop(message.id)
-            if isinstance(message, m.Registered) and root in self._models:
-                self._known.add(root)
         elif hasattr(message, "id") and message.id in self._answers:
             self._answers[message.id] = message
+        else:
+            self._names.answered(message)
         if isinstance(message, m.Failed) and message.kind == "namespace":
-            self._known.clear()  # the server has forgotten some: say them again
-            self._register_at = 0.0
+            self._names.lost()  # the server has forgotten some: say them again
 
     # ---------------------------------------------------------------- calls
 
     def _check(self) -> None:
-        if os.getpid() != self._pid:
-            raise StateError("this client was made in another process: connect() in this one")
+        self._channel.check_process()
         if self._channel.state == "closed":
             raise StateError("this client was closed: connect() again")
 
@@ -188,70 +189,33 @@ class Client:
         if self._channel.state != "open":
             self._channel.connect()
             self._channel.pump()
-        if self._channel.state == "open":
-            self._register_all()
-            if not self._suspect:
-                return True
+        if self._channel.state == "open" and not self._suspect:
+            with self._channel.changed:
+                for message in self._names.to_say():
+                    self._channel.send(message, request=False)
+            return True
         self._counts["away"] += 1
         if self._starter is not None and self._channel.state == "away":
-            self._start_one(self._starter)
+            self._starter.ask()
         return False
 
-    def _start_one(self, starter: Callable[[], object]) -> None:
-        """Have a server started, if it is time; nobody waits for it."""
-
-        def run() -> None:
-            try:
-                starter()
-            except Exception as error:
-                logger.error("no server could be started: %s", error)
-
-        with self._channel.changed:
-            now = time.monotonic()
-            if now < self._start_at or (self._starting is not None and self._starting.is_alive()):
-                return
-            self._starts += 1
-            self._start_at = now + min(START_AFTER_S * 2**self._starts, START_AFTER_MAX_S)
-            self._starting = threading.Thread(target=run, name="flexkv-start", daemon=True)
-            self._starting.start()
-
     def _usable_for(self, root: bytes) -> bool:
-        if root not in self._models:
-            raise UnknownNamespaceError("this namespace is not registered or was reset: call register() again")
-        return self._usable() and root in self._known
-
-    def _register_all(self) -> None:
-        """After a reconnection: say what is used, in one go, without waiting for the answers."""
-        now = time.monotonic()
-        with self._channel.changed:
-            if self._asked or now < self._register_at or (len(self._known) == len(self._models) and not self._resets):
-                return
-            self._register_at = now + REGISTER_AGAIN_S
-            messages: list[m.Message] = []
-            for model, old in self._resets:
-                messages.append(m.Register(next(self._numbers), model, old.epoch))
-                messages.append(m.Reset(next(self._numbers), old.root))
-            self._resets.clear()
-            for root, (model, namespace) in self._models.items():
-                if root not in self._known:
-                    number = next(self._numbers)
-                    self._asked[number] = root
-                    messages.append(m.Register(number, model, namespace.epoch))
-        for message in messages:
-            self._channel.send(message, now + self._deadline_s)
+        self._names.model(root)  # raises for one that is not in use
+        return self._usable() and self._names.knows(root)
 
     def _call(self, number: int, message: m.Message, deadline_s: float) -> m.FromServer | None:
         """Ask and wait for the answer; None: there was none in time, or the server is gone."""
         deadline, answers = time.monotonic() + deadline_s, self._answers
         with self._channel.changed:
             answers[number] = None
-        sent = self._channel.send(message, deadline)
-        if sent:
-            self._channel.wait(lambda: number not in answers or answers[number] is not None, deadline)
+            if not self._channel.send(message):
+                del answers[number]
+                return None
+        self._channel.wait(lambda: number not in answers or answers[number] is not None, deadline)
         with self._channel.changed:
             answer = answers.pop(number, None)
             if answer is None and self._channel.state == "open":
-                self._suspect = True
+                self._suspect = True  # until the answer comes after all, or any other
                 self._counts["timeouts"] += 1
         return answer
 
@@ -272,18 +236,16 @@ class Client:
             raise self._error(answer)
         namespace = Namespace.of(model, answer.epoch)
         with self._channel.changed:
-            self._models[namespace.root] = (model, namespace)
-            self._known.add(namespace.root)
+            self._names.add(model, namespace, known=True)
         return namespace
 
     def unregister(self, namespace: Namespace) -> None:
         """This client uses the namespace no more; its blocks stay cached."""
         self._check()
         with self._channel.changed:
-            self._models.pop(namespace.root, None)
-            self._known.discard(namespace.root)
+            self._names.remove(namespace.root)
         if self._usable():
-            self._channel.send(m.Unregister(namespace.root), time.monotonic() + self._deadline_s)
+            self._channel.send(m.Unregister(namespace.root), request=False)
 
     def reset(self, namespace: Namespace) -> Namespace:
         """As `KVCacheManager.reset`, for this client. While the server is away, the fresh epoch is made here, and the
@@ -293,27 +255,25 @@ class Client:
         """
         self._check()
         with self._channel.changed:
-            if namespace.root not in self._models:
-                raise UnknownNamespaceError("this namespace is not registered or was reset: call register() again")
-            model, _ = self._models.pop(namespace.root)
+            model, known = self._names.model(namespace.root), self._names.knows(namespace.root)
+            self._names.remove(namespace.root)
             for fetch in [fetch for fetch in self._fetches.values() if fetch.root == namespace.root]:
                 fetch.end("reset")  # the server releases it
                 del self._fetches[fetch.number]
-        answer = None
-        if self._usable() and namespace.root in self._known:
+        answer, number, connection = None, None, self._channel.connections
+        if self._usable() and known:
             number = next(self._numbers)
             answer = self._call(number, m.Reset(number, namespace.root), self._deadline_s)
             if isinstance(answer, m.Failed):
                 logger.error("the server has not reset: this client goes on in an epoch of its own: %s", answer.text)
         with self._channel.changed:
-            self._known.discard(namespace.root)
             if isinstance(answer, m.Registered):
                 fresh = dataclasses.replace(namespace, epoch=answer.epoch)
-                self._known.add(fresh.root)
             else:
                 fresh = dataclasses.replace(namespace, epoch=os.urandom(16))
-                self._resets.append((model, namespace))
-            self._models[fresh.root] = (model, fresh)
+                late = answer is None and self._suspect and connection == self._channel.connections
+                self._names.reset_without_server(model, namespace, number if late else None)
+            self._names.add(model, fresh, known=isinstance(answer, m.Registered))
         return fresh
 
     @staticmethod
@@ -346,37 +306,46 @@ class Client:
     def _start(self, namespace: Namespace, keys: Keys, deadline_s: float, *, keep: bool) -> ClientFetch:
         self._check()
         keys, deadline_s = checked_keys(keys), seconds(deadline_s)
-        fetch = ClientFetch(self, next(self._numbers), namespace.root)
+        limit = time.monotonic() + max(deadline_s + FETCH_GRACE_S, self._deadline_s)
+        fetch = ClientFetch(self, next(self._numbers), namespace.root, limit)
         if not self._usable_for(namespace.root):
             fetch.end("server")
             return fetch
         with self._channel.changed:
-            if self._full():
-                fetch.end("refused")
-                return fetch
-            self._fetches[fetch.number] = fetch
-        message = m.Fetch(fetch.number, namespace.root, keys.tobytes(), deadline_s, keep)
-        if not self._channel.send(message, time.monotonic() + self._deadline_s):
-            with self._channel.changed:
-                self._fetches.pop(fetch.number, None)
-                fetch.end("server")
+            if self._take(m.Fetch(fetch.number, namespace.root, keys.tobytes(), deadline_s, keep)):
+                self._fetches[fetch.number] = fetch
+            else:
+                fetch.end("refused" if self._channel.state == "open" else "server")
         return fetch
+
+    def _take(self, message: m.Message) -> bool:
+        """Send what begins a fetch or a transfer, if there is room for one more (condition held)."""
+        full = len(self._fetches) + len(self._transfers) >= MAX_UNDER_WAY
+        taken = not full and self._channel.send(message)
+        self._counts["busy"] += not taken and self._channel.state == "open"
+        return taken
+
+    def give_up(self, fetch: ClientFetch) -> None:
+        """The server has said nothing of a fetch that should be done: it is done without it."""
+        with self._channel.changed:
+            if fetch.ended:
+                return
+            self._counts["timeouts"] += 1
+            if self._heard_at < fetch.limit - self._deadline_s:
+                self._suspect = True  # what it says of this fetch clears it
+        self._give_back(fetch, "server", m.Cancel(fetch.number))
 
     def release(self, fetch: ClientFetch) -> None:
         """As `Fetch.release`."""
         self._give_back(fetch, "released", m.Release(fetch.number))
 
     def _give_back(self, fetch: ClientFetch, why: str, message: m.Message) -> None:
+        self._channel.check_process()
         with self._channel.changed:
             known = self._fetches.pop(fetch.number, None) is not None
             fetch.end(why)
-        if known and os.getpid() == self._pid:
-            self._channel.send(message, time.monotonic() + self._deadline_s)
-
-    def _full(self) -> bool:
-        full = len(self._fetches) + len(self._transfers) >= MAX_UNDER_WAY
-        self._counts["busy"] += full
-        return full
+        if known:
+            self._channel.send(message, request=False)
 
     # ---------------------------------------------------------------- copies
 
@@ -386,34 +355,33 @@ class Client:
         if not fetch.done or fetch.why in ("released", "cancelled"):
             raise StateError("load needs a fetch that is done and not released: call fetch.wait() first")
         transfer = ClientTransfer(self, next(self._numbers))
-        known = self._models.get(fetch.root)
-        if fetch.why or known is None:
-            transfer.end(0, f"the fetch was {fetch.why or 'reset'}")
+        usable = self._usable()
+        if fetch.why:
+            transfer.end(0, f"the fetch was {WHY.get(fetch.why, fetch.why)}")
             return transfer
-        blocks = by_group(device_blocks, len(known[0].groups), fetch.ready, "device_blocks")
-        return self._move(transfer, m.Load(transfer.number, fetch.number, _raw(blocks), tag))
+        groups = len(self._names.model(fetch.root).groups)
+        blocks = by_group(device_blocks, groups, fetch.ready, "device_blocks")
+        return self._move(transfer, m.Load(transfer.number, fetch.number, _raw(blocks), tag), usable=usable)
 
     def store(self, namespace: Namespace, keys: Keys, device_blocks: DeviceBlocks, *, tag: str = "") -> ClientTransfer:
         """As `KVCacheManager.store`. `tag`: the agents are told it."""
         self._check()
         keys = checked_keys(keys)
+        groups = len(self._names.model(namespace.root).groups)
+        blocks = by_group(device_blocks, groups, len(keys), "device_blocks")
         transfer = ClientTransfer(self, next(self._numbers))
-        if not self._usable_for(namespace.root):
+        message = m.Store(transfer.number, namespace.root, keys.tobytes(), _raw(blocks), tag)
+        return self._move(transfer, message, usable=self._usable_for(namespace.root))
+
+    def _move(self, transfer: ClientTransfer, message: m.Message, *, usable: bool) -> ClientTransfer:
+        if not usable:
             transfer.end(0, AWAY)
             return transfer
-        blocks = by_group(device_blocks, len(self._models[namespace.root][0].groups), len(keys), "device_blocks")
-        return self._move(transfer, m.Store(transfer.number, namespace.root, keys.tobytes(), _raw(blocks), tag))
-
-    def _move(self, transfer: ClientTransfer, message: m.Message) -> ClientTransfer:
         with self._channel.changed:
-            if self._full():
-                transfer.end(0, f"{MAX_UNDER_WAY} fetches and transfers are under way")
-                return transfer
-            self._transfers[transfer.number] = transfer
-        if not self._channel.send(message, time.monotonic() + self._deadline_s):
-            with self._channel.changed:
-                if self._transfers.pop(transfer.number, None) is not None:
-                    transfer.end(0, AWAY)
+            if self._take(message):
+                self._transfers[transfer.number] = transfer
+            else:
+                transfer.end(0, BUSY if self._channel.state == "open" else AWAY)
         return transfer
 
     def cancel(self, target: ClientTransfer | ClientFetch) -> None:
@@ -422,21 +390,21 @@ class Client:
         if isinstance(target, ClientFetch):
             self._give_back(target, "cancelled", message)
         elif not target.done:
-            self._channel.send(message, time.monotonic() + self._deadline_s)
+            self._channel.send(message, request=False)
 
     # ---------------------------------------------------------------- waiting, figures, end
 
     def wait(self, target: ClientTransfer | ClientFetch, timeout_s: float | None = None) -> bool:
         """Wait until a transfer or fetch is done; False if the time is up first."""
         deadline = time.monotonic() + (seconds(timeout_s) if timeout_s is not None else float("inf"))
-        return self._channel.wait(lambda: target.ended, deadline)
+        return self._channel.wait(lambda: target.ended, min(deadline, target.limit)) or target.done
 
     def drain(self, timeout_s: float) -> bool:
         """As `KVCacheManager.drain`, of the whole server; False while it is away."""
         self._check()
         if not self._usable():
             return False
-        number = next(self._numbers)
+        number, timeout_s = next(self._numbers), seconds(timeout_s)
         answer = self._call(number, m.Drain(number, timeout_s), timeout_s + self._deadline_s)
         return isinstance(answer, m.Ended) and answer.ok
 
@@ -490,14 +458,16 @@ class Client:
                 channel.wait(lambda: channel.state != "greeting", deadline)
 
     def close(self) -> None:
-        """Say goodbye: what this client holds is released. Safe to call twice."""
-        if os.getpid() == self._pid:
-            self._channel.send(m.Bye(), time.monotonic() + self._deadline_s)
-        with self._channel.changed:
-            was_open = self._channel.state == "open"
-            self._channel.close()
-            if not was_open:
-                self._lost("closed")
+        """Say goodbye: what this client holds is released. Safe to call twice.
+
+        In a process that was forked from the client's, it closes that one's copy of the connection only.
+        """
+        channel = self._channel
+        with contextlib.suppress(StateError):
+            channel.send(m.Bye(), request=False)
+            deadline = 0.0 if self._suspect else time.monotonic() + self._deadline_s
+            channel.wait(lambda: not channel.unsent, deadline)
+        channel.close()
 
 
 def connect(

@@ -5,6 +5,8 @@ Own what the server has said of them so far. They are changed by the client with
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any, Protocol
 
 from flexkv_core.server import messages as m
@@ -22,17 +24,22 @@ class Waiter(Protocol):
     def release(self, fetch: ClientFetch) -> None:
         """Unpin a fetch."""
 
+    def give_up(self, fetch: ClientFetch) -> None:
+        """End a fetch of which the server has said nothing in time."""
+
 
 class ClientFetch:
     """As `flexkv_core.handles.Fetch`. Attributes are up to date whenever they are read.
 
-    `why` may also be "server": it went away, and the pins with it.
+    `why` may also be "server": it went away, and the pins with it, or it was silent at the fetch's `limit`, a time of
+    the monotonic clock.
     """
 
-    def __init__(self, client: Waiter, number: int, root: bytes) -> None:
+    def __init__(self, client: Waiter, number: int, root: bytes, limit: float) -> None:
         self._client = client
         self.number = number
         self.root = root
+        self.limit = limit
         self._ready = 0
         self._done = False
         self._sources: dict[str, int] = {}
@@ -41,7 +48,7 @@ class ClientFetch:
     @property
     def ready(self) -> int:
         """Leading blocks verified and pinned; grows until `done`."""
-        self._client.pump()
+        self._refresh()
         return self._ready
 
     @property
@@ -53,8 +60,13 @@ class ClientFetch:
     def done(self) -> bool:
         """Nothing more will come."""
         if not self._done:
-            self._client.pump()
+            self._refresh()
         return self._done
+
+    def _refresh(self) -> None:
+        self._client.pump()
+        if not self._done and time.monotonic() >= self.limit:
+            self._client.give_up(self)
 
     @property
     def sources(self) -> dict[str, int]:
@@ -64,7 +76,7 @@ class ClientFetch:
     @property
     def released(self) -> bool:
         """Its pins are gone; `why` says what took them."""
-        self._client.pump()
+        self._refresh()
         return bool(self._why)
 
     @property
@@ -90,7 +102,12 @@ class ClientFetch:
 
 
 class ClientTransfer:
-    """As `flexkv_core.handles.Transfer`."""
+    """As `flexkv_core.handles.Transfer`.
+
+    It has no deadline: while the server hangs it is not done, since its copies may begin or go on when it awakes.
+    """
+
+    limit = math.inf
 
     def __init__(self, client: Waiter, number: int) -> None:
         self._client = client

@@ -74,7 +74,7 @@ class Shell(Protocol):
         """Call on the owner's thread."""
 
     def observe(self, what: str, seconds: float) -> None:
-        """A lookup, fetch, load or store has taken so long."""
+        """A lookup, a fetch that is no prefetch, a load or a store has taken so long."""
 
     def drain(self, timeout_s: float, answer: Callable[[bool], None]) -> None:
         """Have all written down, off the owner's thread."""
@@ -153,9 +153,14 @@ class ClientSession:
     # ---------------------------------------------------------------- life
 
     def _on_closed(self, connection: Connection, reason: str) -> None:
-        if not self.over:
-            logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
-            self._end_if_idle()
+        if self.over:
+            return
+        logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
+        manager = self._shell.manager
+        if manager is not None:
+            for transfer in list(self._transfers.values()):
+                manager.cancel(transfer)  # its client has given them up, and may use the device blocks again
+        self._end_if_idle()
 
     def _end_if_idle(self) -> None:
         """A client that is away, and holds nothing, is forgotten."""
@@ -288,7 +293,8 @@ class ClientSession:
             nonlocal told_done
             if fetch.done and not told_done:
                 told_done = True
-                self._shell.observe("fetch", time.perf_counter() - started)
+                if message.keep:
+                    self._shell.observe("fetch", time.perf_counter() - started)
             if self._fetches.get(number) is not fetch:
                 return
             self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why))

@@ -8,17 +8,16 @@ owner thread runs everything that answers clients; the main thread starts, waits
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,12 @@ from flexkv_core.server import messages as m
 from flexkv_core.server.agent_session import AgentSession, Engine
 from flexkv_core.server.client_session import ClientSession
 from flexkv_core.server.connection import Connection
+from flexkv_core.server.latency import Latencies
+from flexkv_core.server.metrics_endpoint import DEFAULT_HOST, Metrics
 from flexkv_core.server.paths import server_lock
 from flexkv_core.server.peers import Peer
 from flexkv_core.server.reattach import label_of, take_over
+from flexkv_core.server.summary import Summary
 
 logger = logging.getLogger("flexkv.server")
 
@@ -48,25 +50,22 @@ STOP_S = 10.0
 """For draining and closing; the tiers get most of it."""
 
 
-def stack_digest(config: LoadedConfig) -> str:
-    """Names a stack: equal for equal documents, references unresolved; secrets are masked in it."""
-    text = json.dumps(config.document, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class Server:
     """See the module's docstring. `run` is called once, from the main thread.
 
     Args:
         path: of the socket; the caller holds its lock.
         linger_s: stop so long after the last client or agent has gone; None: never.
+        metrics_host: where to listen for Prometheus, if the config wants that.
     """
 
-    def __init__(self, config: LoadedConfig, path: Path, linger_s: float | None = None) -> None:
+    def __init__(
+        self, config: LoadedConfig, path: Path, linger_s: float | None = None, metrics_host: str = DEFAULT_HOST
+    ) -> None:
         self._config = config
         self._path = path
         self._linger_s = linger_s
-        self._digest = stack_digest(config)
+        self._digest = config.digest
         self._label = label_of(path)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="flexkv-owner", daemon=True)
@@ -80,6 +79,9 @@ class Server:
         self._stop = threading.Event()
         self._drains = 0
         self._numbers = itertools.count(1)
+        self._latencies = Latencies()
+        self._summary = Summary(config.settings.process.log_interval_requests, self.figures)
+        self._metrics = Metrics(config.settings.metrics, metrics_host, self.ask_figures)
         self.stopping = False
         self.manager: KVCacheManager | None = None
 
@@ -91,6 +93,7 @@ class Server:
         self._thread.start()
         try:
             self._open()
+            self._metrics.open()
             logger.info("serving on %s (process %d)", self._path, os.getpid())
             on_ready()
             self._stop.wait()
@@ -100,6 +103,31 @@ class Server:
     def stop(self, *_: Any) -> None:
         """Have `run` drain and return. Any thread, and signal handlers."""
         self._stop.set()
+
+    @contextlib.contextmanager
+    def stopped_by(self, *signals: signal.Signals) -> Iterator[None]:
+        """Stop when one of these comes.
+
+        The system may hand a signal to any thread, and Python's handlers run in the main one, which sleeps: so it is
+        the owner thread that is told, through a socket.
+        """
+        told, telling = socket.socketpair()
+        with told, telling:
+            told.setblocking(False)
+            telling.setblocking(False)
+
+            def came() -> None:
+                if set(told.recv(64)) & set(signals):
+                    self.stop()
+
+            self._loop.call_soon_threadsafe(self._loop.add_reader, told, came)
+            for number in signals:
+                signal.signal(number, lambda *_: None)
+            before = signal.set_wakeup_fd(telling.fileno())
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(before)
 
     def _listen(self) -> None:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -140,6 +168,7 @@ class Server:
 
     def _close(self) -> None:
         self.stopping = True
+        self._metrics.close()
         if self._listening is not None:
             self._loop.call_soon_threadsafe(self._loop.remove_reader, self._listening)
         if self.manager is not None:
@@ -319,7 +348,8 @@ class Server:
     # ---------------------------------------------------------------- what sessions need
 
     def figures(self) -> dict[str, Any]:
-        """The manager's figures, and `server`: process, engines, clients, agents."""
+        """The manager's figures, and `server`: process, engines, clients, agents, `latencies` (`latency.py`) and
+        `metrics`, where Prometheus finds them."""
         figures = self.manager.stats() if self.manager is not None else {}
         figures["server"] = {
             "pid": os.getpid(),
@@ -339,8 +369,27 @@ class Server:
                 }
                 for agent in self._agents.values()
             ],
+            "latencies": self._latencies.figures(),
+            "metrics": self._metrics.figures(),
         }
         return figures
+
+    def ask_figures(self, timeout_s: float) -> dict[str, Any]:
+        """`figures`, from another thread. Raises TimeoutError if the owner's has no time for it until then."""
+        answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+
+        def run() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(self.figures())
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        try:
+            return answer.result(timeout_s)
+        finally:
+            answer.cancel()
 
     def on_owner(self, act: Callable[[], None]) -> None:
         """Call now if this is the owner's thread, else soon from there: closing settles handles from others."""
@@ -351,6 +400,9 @@ class Server:
 
     def observe(self, what: str, seconds: float) -> None:
         """A lookup, fetch, load or store has taken so long."""
+        self._latencies.observe(what, seconds)
+        if what == "fetch":
+            self._summary.fetched()
 
     def drain(self, timeout_s: float, answer: Callable[[bool], None]) -> None:
         """Have all written down; off the owner's thread, which does the writing."""
@@ -391,15 +443,25 @@ MAX_DRAINS = 16
 """Drains waited for at a time, each in a thread."""
 
 
-def run(config: LoadedConfig, path: Path, *, linger_s: float | None) -> int:
+def run(
+    config: LoadedConfig,
+    path: Path,
+    *,
+    linger_s: float | None,
+    lock_fd: int | None = None,
+    metrics_host: str = DEFAULT_HOST,
+) -> int:
     """Serve until SIGTERM, SIGINT or the end of the linger; the exit code.
+
+    `lock_fd`: the lock of this socket (`server_lock`), where whoever starts this process has taken it.
 
     Raises DirectoryInUseError, naming the process, where a server is there already, and what opening the stack raises.
     """
-    with server_lock(path):
-        server = Server(config, path, linger_s)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.stop)
+    for warning in config.warnings:
+        logger.warning("%s", warning)
+    with server_lock(path, lock_fd):
+        server = Server(config, path, linger_s, metrics_host)
         began = time.monotonic()
-        server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
+        with server.stopped_by(signal.SIGTERM, signal.SIGINT):
+            server.run(lambda: logger.info("ready in %.2f s", time.monotonic() - began))
     return 0

@@ -12,7 +12,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,14 +24,17 @@ from flexkv_core.backend import (
     PAGE,
     Backend,
     Batch,
+    Done,
     Listing,
     OpenContext,
     Recovered,
     Status,
+    SubmitOperation,
     SupportsDelete,
     SupportsList,
     SupportsProbe,
     SupportsRecover,
+    SupportsSubmit,
 )
 
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
@@ -118,7 +122,11 @@ class FaultyBackend(Backend):
 
     def read(self, batch: Batch) -> Sequence[Status]:
         dice = self._trouble("read")
-        statuses = list(self._inner.read(batch))
+        return self._after_read(dice, batch, self._inner.read(batch))
+
+    def _after_read(self, dice: _Dice, batch: Batch, answer: Sequence[Status]) -> Sequence[Status]:
+        """Damage what a read has brought."""
+        statuses = list(answer)
         for status, offset, length in zip(statuses, batch.offsets.tolist(), batch.lengths.tolist(), strict=True):
             if status == Status.OK:
                 self._damage(dice, offset, length)
@@ -126,17 +134,25 @@ class FaultyBackend(Backend):
 
     def write(self, batch: Batch) -> Sequence[Status]:
         dice = self._trouble("write")
+        part, answer_of = self._before_write(dice, batch)
+        return answer_of(self._inner.write(part) if len(part) else [])
+
+    def _before_write(self, dice: _Dice, batch: Batch) -> tuple[Batch, Callable[[Sequence[Status]], Sequence[Status]]]:
+        """What of a batch is to be written, and what makes the batch's answer of that of its part."""
         lost = dice.falls_for("lost", len(batch))
         half = dice.falls_for("short_write", len(batch))
         lengths = np.where(half, np.maximum(batch.lengths // 2 // PAGE * PAGE, PAGE), batch.lengths)
-        statuses = [Status.OK] * len(batch)
         kept = np.flatnonzero(~lost)
-        if len(kept):
-            slots = None if batch.slots is None else batch.slots[kept]
-            part = Batch(batch.keys[kept], batch.groups[kept], batch.offsets[kept], lengths[kept], slots)
-            for number, status in zip(kept.tolist(), self._inner.write(part), strict=True):
+        slots = None if batch.slots is None else batch.slots[kept]
+        part = Batch(batch.keys[kept], batch.groups[kept], batch.offsets[kept], lengths[kept], slots)
+
+        def answer_of(answer: Sequence[Status]) -> Sequence[Status]:
+            statuses = [Status.OK] * len(batch)
+            for number, status in zip(kept.tolist(), answer, strict=True):
                 statuses[number] = status
-        return self._miscounted(dice, statuses)
+            return self._miscounted(dice, statuses)
+
+        return part, answer_of
 
     def close(self) -> None:
         self._trouble("close")
@@ -148,25 +164,29 @@ class FaultyBackend(Backend):
 
     def _trouble(self, operation: Operation) -> _Dice:
         """Do what goes wrong with a whole call; returns the draws for its blocks."""
-        config = self._config
-        with self._lock:
-            call = next(self._calls)
-            count = self._counts[operation] = self._counts.get(operation, 0) + 1
-        active = operation in config.operations and call >= config.after
-        active = active and (config.before is None or call < config.before)
-        dice = _Dice(config, f"{config.seed}/{operation}/{count}", active=active)
+        dice = self._dice(operation)
         self._thread.answers = 1
         if dice.falls("crash"):
             os.abort()
         if dice.falls("hang"):
             threading.Event().wait()
         if dice.falls("delay"):
-            time.sleep(config.delay_s)
+            time.sleep(self._config.delay_s)
         if operation in ("read", "write", "delete") and dice.falls("duplicate"):
             self._thread.answers = 2
         if dice.falls("error"):
             raise OSError(f"fault on purpose in {operation}")
         return dice
+
+    def _dice(self, operation: Operation) -> _Dice:
+        """The draws of the next call."""
+        config = self._config
+        with self._lock:
+            call = next(self._calls)
+            count = self._counts[operation] = self._counts.get(operation, 0) + 1
+        active = operation in config.operations and call >= config.after
+        active = active and (config.before is None or call < config.before)
+        return _Dice(config, f"{config.seed}/{operation}/{count}", active=active)
 
     def _damage(self, dice: _Dice, offset: int, length: int) -> None:
         if dice.falls("corrupt"):
@@ -217,6 +237,48 @@ class _Recovering(FaultyBackend):
         yield from self._inner.recover()
 
 
+class _Submitting(FaultyBackend):
+    """The faults of reads and writes, where no thread waits: a call that hangs is never done, a delay delays `done`."""
+
+    _inner: Any
+
+    def submit(self, operation: SubmitOperation, batch: Batch, done: Done) -> None:
+        dice = self._dice(operation)
+        if dice.falls("crash"):
+            os.abort()
+        if dice.falls("hang"):
+            return
+        delayed = dice.falls("delay")
+        times = 2 if dice.falls("duplicate") else 1
+        if dice.falls("error"):
+            raise OSError(f"fault on purpose in {operation}")
+
+        def tell(statuses: Sequence[Status]) -> None:
+            for _ in range(times):
+                done(statuses)
+
+        def ended(answer: Sequence[Status], made: Callable[[Sequence[Status]], Sequence[Status]]) -> None:
+            try:
+                statuses = made(answer)
+            except ValueError:  # another number of statuses than of blocks: for the worker to say
+                statuses = answer
+            if delayed:
+                timer = threading.Timer(self._config.delay_s, tell, (statuses,))
+                timer.daemon = True
+                timer.start()
+            else:
+                tell(statuses)
+
+        if operation == "read":
+            self._inner.submit("read", batch, lambda answer: ended(answer, partial(self._after_read, dice, batch)))
+            return
+        part, answer_of = self._before_write(dice, batch)
+        if len(part):
+            self._inner.submit("write", part, lambda answer: ended(answer, answer_of))
+        else:
+            ended([], answer_of)
+
+
 def wrap(backend: Backend, faults: Mapping[str, Any] | FaultConfig) -> Backend:
     """Put faults around a backend; the result has the same optional powers.
 
@@ -228,6 +290,7 @@ def wrap(backend: Backend, faults: Mapping[str, Any] | FaultConfig) -> Backend:
         (SupportsDelete, _Deleting),
         (SupportsList, _Listing),
         (SupportsRecover, _Recovering),
+        (SupportsSubmit, _Submitting),
     )
     bases = [mixin for power, mixin in powers if isinstance(backend, power)]
     made: Backend = type("FaultyBackend", tuple(bases or [FaultyBackend]), {})(backend, config)

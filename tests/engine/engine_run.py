@@ -3,7 +3,7 @@
     python engine_run.py PLAN OUT
 
 PLAN, JSON: model, kv_transfer_config or null, requests (lists of token ids), batch, max_tokens, reset_every (0: never),
-llm (more arguments of `LLM`), prelude (Python, run first), between (Python, run after each batch, with `llm` and `step`).
+llm (more arguments of `LLM`), prelude (Python, run first), between (Python, run after each batch with `llm`, `step`).
 OUT, JSON: tokens by request, cached tokens by request, and the connector's figures.
 """
 

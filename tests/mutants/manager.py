@@ -18,11 +18,12 @@ class Mutant(NamedTuple):
 
 
 CANCEL, PINS, RESET = "test_manager_cancel.py", "test_manager_pins.py", "test_manager_reset.py"
-TURNS = "test_manager_turns.py"
+TURNS, COUNTS = "test_manager_turns.py", "test_manager_counts.py"
 EPOCHS, FAILURES = "test_epochs.py", "test_failures.py"
 LINES = "test_manager_lines.py"
 NAMESPACES, ADMISSION = "test_manager_namespaces.py", "test_admission.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
+PROBES, HINTS = "test_manager_probes.py", "test_hints.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
 MUTANTS = [
@@ -123,6 +124,95 @@ MUTANTS = [
         "a tier in memory loses its blocks with its process",
         TIERS,
     ),
+    # ------------------------------------------------ probes
+    Mutant(
+        "probes_not_shared",
+        "probing.py",
+        "        if tail in asked.under_way:\n            return True\n",
+        "",
+        "lookups of one path are one probe",
+        PROBES,
+    ),
+    Mutant(
+        "probes_unbounded",
+        "probing.py",
+        "if len(asked.under_way) >= MOST_PROBES:",
+        "if len(asked.under_way) < 0:",
+        "the number of probes is bounded",
+        PROBES,
+    ),
+    Mutant(
+        "absence_not_remembered",
+        "probing.py",
+        "                asked.remember(hints.stop(probe.root, probe.keys, probe.known))\n",
+        "                pass\n",
+        "what was not there is not asked for again at once",
+        PROBES,
+    ),
+    Mutant(
+        "lies_believed_again",
+        "probing.py",
+        "                self._asked[move.tier].remember(move.keys[int(move.positions[lost].min())].tobytes())\n",
+        "                pass\n",
+        "a probe that a read has proved wrong is not believed again",
+        PROBES,
+    ),
+    Mutant(
+        "own_tiers_probed",
+        "probing.py",
+        "return link.capabilities.shared or not queue.listed or forgets",
+        "return True",
+        "a listed tier of our own is not asked",
+        PROBES,
+    ),
+    Mutant(
+        "failed_probes_are_good",
+        "probing.py",
+        "outcome = Outcome.FAILED if held is None else Outcome.GOOD",
+        "outcome = Outcome.GOOD",
+        "probes that fail open the breaker",
+        PROBES,
+    ),
+    Mutant(
+        "probes_take_all_places",
+        "tier_queue.py",
+        "self.probing < max(1, concurrency // 2):",
+        "self.probing < concurrency:",
+        "reads pass a probe that hangs",
+        PROBES,
+    ),
+    Mutant(
+        "late_hints_taken",
+        "hints.py",
+        "if tier.presence is None or not self.wanted(probe):",
+        "if tier.presence is None:",
+        "answers after a reset go nowhere",
+        PROBES,
+    ),
+    Mutant(
+        "hints_beyond_capacity",
+        "hints.py",
+        '            taken = min(held, int(np.searchsorted(np.cumsum(sizes), room, side="right")))\n',
+        "            taken = held if room else 0\n",
+        "hints are taken only where they fit",
+        HINTS,
+    ),
+    Mutant(
+        "hints_leaf_last",
+        "hints.py",
+        'order = np.argsort(at[:taken], kind="stable")',
+        'order = np.argsort(-at[:taken], kind="stable")',
+        "leaves go before their ancestors",
+        HINTS,
+    ),
+    Mutant(
+        "first_hole_ends_all",
+        "hints.py",
+        "goal = covered_prefix(there | ~probe.missing, model.coverages)",
+        "goal = probe.known if probe.missing.any() else len(probe.keys)",
+        "windows and states behind a hole are looked for",
+        HINTS,
+    ),
     # ------------------------------------------------ planner
     Mutant(
         "reads_not_shared",
@@ -183,10 +273,34 @@ MUTANTS = [
     Mutant(
         "prefetch_counts_hits",
         "planner.py",
-        "for tier in self.tiers if fetch.counted else ():",
-        "for tier in self.tiers:",
+        "        if fetch.counted:\n            self._count",
+        "        if True:\n            self._count",
         "a prefetch is no hit",
         CANCEL,
+    ),
+    Mutant(
+        "misses_of_faster_tiers_only",
+        "planner.py",
+        "            passed -= hits[tier.number]\n",
+        "",
+        "a hit in a tier is no miss of the slower ones",
+        COUNTS,
+    ),
+    Mutant(
+        "unneeded_blocks_are_misses",
+        "planner.py",
+        "passed = asked - ready + sum(hits.values())",
+        "passed = asked",
+        "what no KV group needs is no miss",
+        COUNTS,
+    ),
+    Mutant(
+        "asked_as_far_as_held",
+        "planner.py",
+        "            asked=asked,\n",
+        "            asked=blocks,\n",
+        "what no tier holds is a miss",
+        COUNTS,
     ),
     Mutant(
         "truncated_without_state",
@@ -387,8 +501,8 @@ MUTANTS = [
     Mutant(
         "pins_counted_twice",
         "pins.py",
-        "            new += not before\n",
-        "            new += 1\n",
+        "(len(self._pins) - before) * slot_bytes",
+        "len(slots) * slot_bytes",
         "a block that several fetches pin counts once",
         PINS,
     ),
@@ -401,11 +515,11 @@ MUTANTS = [
         PINS,
     ),
     Mutant(
-        "extents_not_reclaimed",
+        "freed_slots_stay",
         "pool.py",
-        "empty = runs[kind.free[runs] == kind.slots[runs]]",
-        "empty = runs[:0]",
-        "an empty run goes back to the common pool",
+        "self._slots.free(np.asarray(slots))",
+        "self._slots.free(np.asarray(slots)[1:])",
+        "what is freed can be allocated again",
         POOL,
     ),
     Mutant(
@@ -435,8 +549,8 @@ MUTANTS = [
     Mutant(
         "unreadable_copies_stay",
         "planner.py",
-        "gone = corrupt | given_up | (outcome == Outcome.MISSING)",
-        "gone = corrupt | (outcome == Outcome.MISSING)",
+        "gone = corrupt | given_up | (outcome == Outcome.MISSING.value)",
+        "gone = corrupt | (outcome == Outcome.MISSING.value)",
         "a copy that cannot be read is given up",
         FAILURES,
     ),

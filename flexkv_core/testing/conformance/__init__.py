@@ -18,10 +18,11 @@ from flexkv_core.testing.conformance.duties_life import LifeDuties
 from flexkv_core.testing.conformance.duties_load import LoadDuties
 from flexkv_core.testing.conformance.duties_medium import MediumDuties
 from flexkv_core.testing.conformance.duties_powers import PowerDuties, RecoveryDuties
+from flexkv_core.testing.conformance.duties_submit import SubmitDuties
 from flexkv_core.testing.conformance.suite import DUTIES
 
 __all__ = ["DUTIES", "BackendConformance", "StoredBlock"]
 
 
-class BackendConformance(RecoveryDuties, PowerDuties, LoadDuties, MediumDuties, LifeDuties, KillDuties):
+class BackendConformance(RecoveryDuties, SubmitDuties, PowerDuties, LoadDuties, MediumDuties, LifeDuties, KillDuties):
     """Subclass it as `Test...`, set `backend` and override `make_config`; the other hooks open further tests."""

@@ -5,16 +5,35 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from flexkv_core.backend import PAGE, Backend, Batch, OpenContext, Status, SupportsDelete, SupportsList, SupportsProbe
+from flexkv_core.backend import (
+    PAGE,
+    Backend,
+    Batch,
+    OpenContext,
+    Status,
+    SubmitOperation,
+    SupportsDelete,
+    SupportsList,
+    SupportsProbe,
+    SupportsSubmit,
+    submit_and_wait,
+)
 from flexkv_core.testing.conformance.blocks import SMALLEST, Fill, StoredBlock, batch_of, content
 from flexkv_core.testing.conformance.opened import FAILED, MISSING, OK, Opened
 from flexkv_core.testing.conformance.suite import Suite
 from flexkv_core.testing.conformance.tier import DiedError, within
+
+
+def call_of(backend: Backend, operation: str, batch: Batch) -> Any:
+    """Call a backend as the core would, and wait."""
+    if isinstance(backend, SupportsSubmit) and operation in get_args(SubmitOperation):
+        return submit_and_wait(backend, "read" if operation == "read" else "write", batch)
+    return getattr(backend, operation)(batch)
 
 
 class DataDuties(Suite):
@@ -55,8 +74,8 @@ class DataDuties(Suite):
         batch = batch_of(blocks, offsets, slots=found.addressing == "slot")
         for offset, block in zip(offsets.tolist(), blocks, strict=True):
             host[offset : offset + block.length] = content(block).data
-        self._statuses("write", self._within("write", lambda: backend.write(batch)), len(blocks))
-        self._statuses("read", self._within("read", lambda: backend.read(batch)), len(blocks))
+        self._statuses("write", self._within("write", lambda: call_of(backend, "write", batch)), len(blocks))
+        self._statuses("read", self._within("read", lambda: call_of(backend, "read", batch)), len(blocks))
         bare = Batch(batch.keys, batch.groups, np.zeros_like(offsets), np.zeros_like(offsets), batch.slots)
         if isinstance(backend, SupportsProbe):
             count = self._within("probe", lambda: backend.probe(bare))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import flexkv_core
 from flexkv_core.backend import PAGE, Batch, Status
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, batch_of, content, difference
-from flexkv_core.testing.conformance.duties_data import DataDuties
+from flexkv_core.testing.conformance.duties_data import DataDuties, call_of
 from flexkv_core.testing.conformance.opened import MISSING, OK, Opened
 from flexkv_core.testing.conformance.tier import DiedError, descriptors, session_members, shared_memory, threads, within
 from flexkv_core.tier_link import Operation
@@ -168,7 +168,7 @@ class LoadDuties(DataDuties):
         powers = frozenset(name for name in ("probe", "delete") if hasattr(backend, name))
         with _switching_often():
             self._stress(
-                lambda operation, batch: getattr(backend, operation)(batch),
+                lambda operation, batch: call_of(backend, operation, batch),
                 backend.capabilities.concurrency,
                 host,
                 powers,

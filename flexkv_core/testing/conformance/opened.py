@@ -148,7 +148,9 @@ class Opened:
         self.suite.broken(self.suite.duty, f"during a {doing}: {error or 'no answer came'}", self.tier)
 
     def guard(self, operation: str, blocks: Sequence[StoredBlock]) -> None:
-        """Nothing of the host region has changed but what was asked for."""
+        """Nothing of the host region has changed but what was asked for, and every call was answered once."""
+        if self.tier.unexpected_answers:
+            self.suite.broken("submit", "done was called a second time for one batch", self.tier)
         at = self.host.touched()
         if at is None:
             return

@@ -32,6 +32,7 @@ DUTIES: Mapping[str, str] = {
     "batches": "batches of every size and mixture are carried out whole, and answered in their order",
     "statuses": "OK only for blocks that were moved whole; MISSING for what is not held; FAILED for what went wrong",
     "only-what-was-asked": "nothing is written outside the batch's blocks, in the host region or on the medium",
+    "submit": "done is called exactly once for each submitted batch, when its bytes have been moved",
     "concurrency": "up to `concurrency` calls at a time do not disturb each other",
     "probe": "the number of leading blocks that are held, and nothing else",
     "delete": "a deleted block is gone, others stay, and deleting what is not there is OK",

@@ -105,6 +105,11 @@ class Tier:
         return self._link.powers
 
     @property
+    def unexpected_answers(self) -> int:
+        """Answers to calls that had been answered."""
+        return self._link.unexpected_answers
+
+    @property
     def alive(self) -> bool:
         return self._link.state == "ready"
 
@@ -123,9 +128,10 @@ class Tier:
         return self._settled(self.begin(operation, batch))
 
     def probe(self, batch: Batch) -> int:
-        answer: concurrent.futures.Future[int] = concurrent.futures.Future()
+        """How many leading blocks it says that it holds; 0 if it raised."""
+        answer: concurrent.futures.Future[int | None] = concurrent.futures.Future()
         self._owner.loop.call_soon_threadsafe(self._link.probe, batch, answer.set_result)
-        return self._settled(answer)
+        return self._settled(answer) or 0
 
     def listing(self) -> Listing:
         """All pieces as one. Raises ListingFailedError if the backend raised."""
