@@ -47,7 +47,7 @@ CALL_S = 0.2
 
 
 @dataclass
-class FlexKVMetadata(KVConnectorMetadata):
+class FlexKVMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """From scheduler to workers, each step."""
 
     ends: Ends = field(default_factory=Ends)
