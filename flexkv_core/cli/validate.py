@@ -121,7 +121,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         where = "default" if value["from"] == "default" else f"{value['from']}, {value['key']}"
         yield f"#   {name}: {printable(text)}  ({where})"
     if report["server"]:
-        yield "\n# for the server:"
+        yield "\n# for the server and engines:"
     for setting in report["server"]:
         yield f"#   {printable(setting['key'])}: {setting['does']}"
     if report["without_effect"]:

@@ -75,7 +75,7 @@ _LAYERWISE = "needs layerwise loading by a connector, which is not in this versi
 _P2P = "needs the rdma backend, which is not in this version"
 _MOONCAKE = "needs a Mooncake backend, which is not in this version"
 _NIXL = "needs a NIXL backend, which is not in this version"
-_CONNECTOR = "needs an engine connector, and none is in this version"
+_CONNECTOR = "no engine connector of this version reads it"
 _LAYOUT = "blocks are stored block-first, whatever it says"
 _RANKS = "a block that all ranks share is written once, whatever it says"
 _NODES = "needs tensor parallelism over several nodes, which is not in this version"
@@ -208,7 +208,7 @@ KEYS: tuple[FlatKey, ...] = (
     FlatKey("swa_multi_layer", None, flag, "transfer.swa_multi_layer", _SWA),
     FlatKey("enable_swa_transfer", None, flag, "transfer.enable_swa_transfer", _SWA),
     # variables only
-    _variable("ENABLE_FLEXKV", True, flag, "process.enabled", _CONNECTOR),
+    _variable("ENABLE_FLEXKV", True, flag, "process.enabled", does="0: engine connectors cache nothing"),
     _variable("DYNAMO_USE_FLEXKV", False, flag, "process.publish_kv_events", _CONNECTOR),
     _variable("TENSORRT_LLM_USE_FLEXKV", False, flag, "process.tensorrt_llm", _CONNECTOR),
     _variable(
