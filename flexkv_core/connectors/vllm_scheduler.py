@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,6 @@ class Counts:
     """Since the start: requests, tokens and blocks."""
 
     requests: int = 0
-    asked_tokens: int = 0
     hit_tokens: int = 0
     loads: int = 0
     failed_loads: int = 0
@@ -238,12 +237,10 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.load is not None:
             return
-        self.counts.asked_tokens += request.num_tokens if not tracked.stored else 0
         if external <= 0:
             if tracked.fetch is not None:
                 tracked.fetch.release()
                 tracked.fetch = None
-            tracked.stored = max(tracked.stored, 0)
             return
         size = self._spec.block_size
         first, last = tracked.local // size, (tracked.local + external) // size
@@ -395,10 +392,6 @@ class SchedulerHalf:
         """Counts, and the client's own."""
         counts = {name: getattr(self.counts, name) for name in Counts.__slots__}
         return {**counts, **{f"client_{name}": value for name, value in self._client.figures().items()}}
-
-    def take_events(self) -> Iterable[Any]:
-        """None yet that vLLM would not say itself."""
-        return ()
 
     def close(self) -> None:
         self._client.close()
