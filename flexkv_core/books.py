@@ -53,6 +53,12 @@ class OpenedBooks:
     threads: int | None
 
 
+def host_bytes_of(stack: StackConfig, simulated_slot_bytes: int | None = None) -> int:
+    """Bytes of host memory that a stack asks for. Raises StackConfigError for a capacity that needs a simulation."""
+    first = stack.tiers[0] if stack.tiers and stack.tiers[0].hosts else None
+    return _bytes(first, first.capacity, simulated_slot_bytes) if first is not None else STAGING_BYTES
+
+
 def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -> OpenedBooks:
     """Make the books of a stack.
 
@@ -74,9 +80,7 @@ def open_books(stack: StackConfig, *, simulated_slot_bytes: int | None = None) -
             return SlotPool(capacity, SIMULATED_EXTENT_BLOCKS * simulated_slot_bytes, name)
         return SlotPool(capacity, extent_bytes(capacity), name)
 
-    host_bytes = STAGING_BYTES
-    if hosted is not None:
-        host_bytes = _bytes(hosted, hosted.capacity, simulated_slot_bytes)
+    host_bytes = host_bytes_of(stack, simulated_slot_bytes)
     name = hosted.name if hosted is not None else STAGING_NAME
     while name in [tier.name for tier in tiers]:
         name += "-memory"

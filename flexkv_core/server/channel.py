@@ -14,7 +14,6 @@ import os
 import random
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Literal
 from flexkv_core.errors import ServerRefusedError, StateError
 from flexkv_core.framing import Reader, WireError
 from flexkv_core.server import messages as m
+from flexkv_core.server.peers import credentials
 
 logger = logging.getLogger("flexkv.client")
 
@@ -302,7 +302,6 @@ class Channel:
 
 def _check_owner(connected: socket.socket) -> None:
     """Whoever made the socket file is this user: nobody else is told our keys. Raises OSError."""
-    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, user, _ = struct.unpack("3i", credentials)
+    _, user = credentials(connected)
     if user != os.geteuid():
         raise PermissionError(f"the server is of user {user}, this process of user {os.geteuid()}")

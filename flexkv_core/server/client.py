@@ -29,13 +29,7 @@ import numpy.typing as npt
 from flexkv_core import __version__
 from flexkv_core.arguments import DeviceBlocks, by_group, checked_keys, seconds
 from flexkv_core.blocks import Keys, Namespace
-from flexkv_core.errors import (
-    FlexKVError,
-    LayoutError,
-    ServerAwayError,
-    StateError,
-    UnknownNamespaceError,
-)
+from flexkv_core.errors import FlexKVError, LayoutError, ServerAwayError, StateError, UnknownNamespaceError
 from flexkv_core.handles import Lookup
 from flexkv_core.layout import ModelSpec
 from flexkv_core.server import messages as m
@@ -477,6 +471,7 @@ def connect(
     deadline_s: float = CALL_DEADLINE_S,
     connect_s: float = 10.0,
     stack_digest: str = "",
+    starter: Callable[[], object] | None = None,
 ) -> Client:
     """A client of the server at `path`, once it has answered; arguments as for `Client`.
 
@@ -484,7 +479,7 @@ def connect(
         ServerAwayError: no server answers within `connect_s` seconds.
         ServerRefusedError: it does not take this client, for being of another version, say.
     """
-    client = Client(path, engine=engine, deadline_s=deadline_s, stack_digest=stack_digest)
+    client = Client(path, engine=engine, deadline_s=deadline_s, stack_digest=stack_digest, starter=starter)
     try:
         client.greet(connect_s)
     except BaseException:

@@ -12,7 +12,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,11 +156,14 @@ class ClientSession:
         if self.over:
             return
         logger.info("client %s of engine %r: %s", self.peer.pid, self.hello.engine, reason)
+        self._cancel_all(self._transfers)  # its client has given them up, and may use the device blocks again
+        self._end_if_idle()
+
+    def _cancel_all(self, under_way: Mapping[int, handles.Fetch | handles.Transfer]) -> None:
         manager = self._shell.manager
         if manager is not None:
-            for transfer in list(self._transfers.values()):
-                manager.cancel(transfer)  # its client has given them up, and may use the device blocks again
-        self._end_if_idle()
+            for target in list(under_way.values()):
+                manager.cancel(target)
 
     def _end_if_idle(self) -> None:
         """A client that is away, and holds nothing, is forgotten."""
@@ -174,12 +177,8 @@ class ClientSession:
         self.over = True
         self.peer.forget(self._loop)
         self._connection.close(reason)
-        manager = self._shell.manager
-        if manager is not None:
-            for transfer in list(self._transfers.values()):
-                manager.cancel(transfer)
-            for fetch in list(self._fetches.values()):
-                manager.cancel(fetch)
+        self._cancel_all(self._transfers)
+        self._cancel_all(self._fetches)
         self._fetches.clear()
         self._transfers.clear()
         self._engine.clients -= 1

@@ -23,7 +23,7 @@ from typing import Any
 
 from flexkv_core import __version__
 from flexkv_core.blocks import Namespace
-from flexkv_core.books import open_books
+from flexkv_core.books import host_bytes_of
 from flexkv_core.config import LoadedConfig
 from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.framing import WireError
@@ -150,7 +150,7 @@ class Server:
     def _open(self) -> None:
         """Get host memory, an earlier server's where there is some, and open the manager on it."""
         stack = self._config.stack
-        region = take_over(self._label, open_books(stack).host_bytes, self._is_still, STILL_S)
+        region = take_over(self._label, host_bytes_of(stack), self._is_still, STILL_S)
         manager = KVCacheManager(stack, region=region, region_label=self._label, loop=self._loop)
 
         def opened() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flexkv_core.config import load_config
-from flexkv_core.errors import DirectoryInUseError, ServerAwayError, ServerRefusedError
-from flexkv_core.server.client import CALL_DEADLINE_S, Client
+from flexkv_core.errors import DirectoryInUseError, ServerAwayError
+from flexkv_core.server.client import CALL_DEADLINE_S, Client, connect
 from flexkv_core.server.paths import PathLock, open_own, server_lock
 
 LINGER_S = 10.0
@@ -39,8 +39,6 @@ def answers(path: Path, timeout_s: float = 1.0) -> bool:
     try:
         client.greet(timeout_s)
         return client.welcome is not None and client.welcome.ready
-    except ServerRefusedError:
-        raise
     except ServerAwayError:
         return False
     finally:
@@ -91,19 +89,14 @@ def embedded(
     """
     digest = load_config(source).digest
     ensure_server(source, path, linger_s=linger_s)
-    client = Client(
+    return connect(
         path,
         engine=engine,
         deadline_s=deadline_s,
+        connect_s=START_S,
         stack_digest=digest,
         starter=lambda: ensure_server(source, path, linger_s=linger_s),
     )
-    try:
-        client.greet(START_S)
-    except BaseException:
-        client.close()
-        raise
-    return client
 
 
 def _is_there(path: Path, timeout_s: float = 1.0) -> bool:

@@ -6,10 +6,17 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Callable
 
 SO_PEERPIDFD = 77
 """Of <asm-generic/socket.h>; not in Python's socket module yet."""
+
+
+def credentials(connected: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process at the other end, as this one sees them: of the one that connected, or listened."""
+    pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
 
 
 class Peer:
@@ -21,8 +28,7 @@ class Peer:
 
     def __init__(self, connected: socket.socket) -> None:
         """Raises OSError if the process is gone already."""
-        raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.pid, self.uid = int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:8], "little")
+        self.pid, self.uid = credentials(connected)
         self._pidfd = -1
         if self.pid > 0:
             try:
