@@ -41,6 +41,7 @@ class TierQueue:
         recovering: the tier is saying what survived a restart; nothing else is asked of it. recovered: it has.
         settling: reads that came back and are being verified.
         listings: under way, of a tier whose capacity we keep: writes wait until it is known what it holds.
+        removals: of corrupt copies, under way: writes wait, one of the same block would be deleted with the old one.
         listed: it has said all that it holds since it came up.
     """
 
@@ -62,6 +63,7 @@ class TierQueue:
     recovered: bool = False
     settling: int = 0
     listings: int = 0
+    removals: int = 0
     listed: bool = False
 
     @property
@@ -106,7 +108,7 @@ class TierQueue:
         if self.probes and not self.reads and self.probing < max(1, concurrency // 2):
             return self.probes.popleft()
         line = self.reads or self.prefetches
-        if not line and self.link.state == "ready" and not self.listings:
+        if not line and self.link.state == "ready" and not (self.listings or self.removals):
             line = self.writes
         room = self.most_in_flight - self.in_flight_bytes
         if not line or (self.in_flight and line.head().slot_bytes[0] > room):

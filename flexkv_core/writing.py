@@ -186,9 +186,12 @@ class Writing:
             return
 
         def removed(statuses: npt.NDArray[np.uint8]) -> None:
+            queue.removals -= 1
             with self._lock:
                 self._down.finish_removal(corrupt, statuses != Status.FAILED)
+            self._progress(queue)
 
+        queue.removals += 1
         queue.link.submit("delete", _deletion_batch(corrupt, slice(None)), removed)
 
 

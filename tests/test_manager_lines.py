@@ -205,3 +205,30 @@ def test_fetches_of_other_namespaces_decide_nothing() -> None:
             fetch.release()
         assert np.isin(own(keys), gate.blocks("read")).all()
         nothing_left(manager)
+
+
+def test_a_new_write_of_a_block_waits_until_its_corrupt_copy_is_deleted() -> None:
+    """Regression: both were under way at a time, so that the deletion could take the new copy."""
+    with opened(16, concurrency=4) as manager:
+        rig, gate = Rig(manager), GATES["gate"]
+        keys = rig.keys(1, 2)
+        rig.store(keys)
+        push_out(manager, rig, keys)
+        for name, content in gate.medium.items():
+            gate.medium[name] = bytes(len(content))
+        gate.shut("delete")
+        fetch = rig.fetch(keys)
+        assert fetch.wait(PATIENCE_S)
+        assert fetch.ready == 0
+        fetch.release()
+        until(lambda: gate.count("delete") == 1)
+        written = gate.count("write")
+        assert rig.begin_store(keys).wait(PATIENCE_S)
+        settled(manager)
+        assert gate.count("write") == written
+        gate.open("delete")
+        assert manager.drain(PATIENCE_S)
+        assert gate.count("write") > written
+        push_out(manager, rig, keys)
+        assert rig.load(keys) == (2, 0)
+        nothing_left(manager)

@@ -31,8 +31,8 @@ MUTANTS = [
     Mutant(
         "writes_pass_reads",
         "tier_queue.py",
-        '        if not line and self.link.state == "ready" and not self.listings:\n',
-        '        if self.writes and self.link.state == "ready" and not self.listings:\n',
+        '        if not line and self.link.state == "ready" and not (self.listings or self.removals):\n',
+        '        if self.writes and self.link.state == "ready" and not (self.listings or self.removals):\n',
         "reads pass queued writes",
         PINS,
     ),
@@ -479,6 +479,14 @@ MUTANTS = [
         "        elif transfer.cancelled is None:\n",
         "a cancelled store commits nothing",
         CANCEL,
+    ),
+    Mutant(
+        "writes_pass_removals",
+        "writing.py",
+        "        queue.removals += 1\n",
+        "        queue.removals += 0\n",
+        "a new write waits until the corrupt copy is deleted",
+        LINES,
     ),
     # ------------------------------------------------ turns
     Mutant(
