@@ -29,16 +29,18 @@ def manager(gates: None) -> Iterator[KVCacheManager]:
         nothing_left(manager)
 
 
-def test_reads_of_owners_take_turns(manager: KVCacheManager) -> None:
+@pytest.mark.parametrize("keep", [True, False], ids=["fetch", "prefetch"])
+def test_reads_of_owners_take_turns(manager: KVCacheManager, keep: bool) -> None:
     rig, gate = Rig(manager), GATES["gate"]
+    begin = manager.fetch if keep else manager.prefetch
     much, little = rig.keys(1, 8), rig.keys(2, 2)
     rig.store(much)
     rig.store(little)
     rig.evict_host(64)
     gate.shut("read")
-    first = manager.fetch(rig.namespace, much, owner=GREEDY)
+    first = begin(rig.namespace, much, owner=GREEDY)
     until(lambda: gate.count("read") == 1)
-    second = manager.fetch(rig.namespace, little, owner=MODEST)
+    second = begin(rig.namespace, little, owner=MODEST)
     settled(manager)
     gate.open("read")
     assert second.wait(PATIENCE_S)
@@ -48,23 +50,6 @@ def test_reads_of_owners_take_turns(manager: KVCacheManager) -> None:
     assert order.index(True) <= 4, "after the call under way and at most one more"
     first.release()
     second.release()
-
-
-def test_prefetches_of_owners_take_turns(manager: KVCacheManager) -> None:
-    rig, gate = Rig(manager), GATES["gate"]
-    much, little = rig.keys(1, 8), rig.keys(2, 2)
-    rig.store(much)
-    rig.store(little)
-    rig.evict_host(64)
-    gate.shut("read")
-    first = manager.prefetch(rig.namespace, much, owner=GREEDY)
-    until(lambda: gate.count("read") == 1)
-    second = manager.prefetch(rig.namespace, little, owner=MODEST)
-    settled(manager)
-    gate.open("read")
-    assert first.wait(PATIENCE_S)
-    assert second.wait(PATIENCE_S)
-    assert [key in own(little) for key in gate.blocks("read")].index(True) <= 4
 
 
 def test_writes_of_owners_take_turns_and_share_the_queue(manager: KVCacheManager) -> None:
