@@ -59,6 +59,15 @@ class DataDuties(Suite):
         except Exception as error:
             self.broken(self.duty, f"{doing} raised {type(error).__name__}: {error}")
 
+    def close_in_process(self, backend: Backend) -> None:
+        """Close a backend of this process; that it does not is a breach of "close", whichever duty is looked at."""
+        try:
+            within(self.close_deadline_s, backend.close)
+        except DiedError:
+            self.broken("close", f"close had not returned after {self.close_deadline_s:g} s")
+        except Exception as error:
+            self.broken("close", f"close raised {type(error).__name__}: {error}")
+
     def test_answers(self) -> None:
         """The backend itself, without the process around it: types and numbers of what it returns."""
         self.duty = "answers"
@@ -88,10 +97,7 @@ class DataDuties(Suite):
                     self.broken("answers", f"a listing of {count} groups has keys of shape {np.shape(piece.keys)}")
         if isinstance(backend, SupportsDelete):
             self._statuses("delete", self._within("delete", lambda: backend.delete(bare)), len(blocks))
-        try:
-            within(self.close_deadline_s, backend.close)
-        except DiedError:
-            self.broken("close", f"close had not returned after {self.close_deadline_s:g} s")
+        self.close_in_process(backend)
 
     def _statuses(self, operation: str, answer: Any, count: int) -> None:
         statuses = list(answer)

@@ -23,7 +23,7 @@ from flexkv_core.backend import PAGE, Batch, Status
 from flexkv_core.testing.conformance.blocks import SMALLEST, StoredBlock, batch_of, content, difference
 from flexkv_core.testing.conformance.duties_data import DataDuties, call_of
 from flexkv_core.testing.conformance.opened import MISSING, OK, Opened
-from flexkv_core.testing.conformance.tier import DiedError, descriptors, session_members, shared_memory, threads, within
+from flexkv_core.testing.conformance.tier import descriptors, session_members, shared_memory, threads
 from flexkv_core.tier_link import Operation
 
 Call = Callable[[str, Batch], Any]
@@ -176,7 +176,7 @@ class LoadDuties(DataDuties):
                 backend.capabilities.max_batch_blocks,
                 None,
             )
-        self._within("close", backend.close)
+        self.close_in_process(backend)
 
     def _stress(
         self,
@@ -300,10 +300,7 @@ class LoadDuties(DataDuties):
         counts, cycles = [], 5
         for cycle in range(cycles + 1):
             backend = self.in_process(memoryview(bytearray(4 * SMALLEST)))
-            try:
-                within(self.close_deadline_s, backend.close)
-            except DiedError:
-                self.broken("close", f"close had not returned after {self.close_deadline_s:g} s")
+            self.close_in_process(backend)
             del backend
             gc.collect()
             if cycle in (0, cycles):

@@ -171,7 +171,7 @@ class RecoveryDuties(DataDuties):
         self.close(opened)
         backend = self.in_process(memoryview(bytearray(self.region_bytes)))
         if not isinstance(backend, SupportsRecover):
-            backend.close()
+            self.close_in_process(backend)
             pytest.skip("it has no power 'recover'")
         pieces = self._within("recover", lambda: list(backend.recover()))
         found: dict[int, tuple[bytes, int, int]] = {}
@@ -187,7 +187,7 @@ class RecoveryDuties(DataDuties):
                 if slot in found:
                     self.broken("recovery", f"slot {slot} is returned twice")
                 found[slot] = (piece.keys[row].tobytes(), int(piece.groups[row]), int(piece.lengths[row]))
-        backend.close()
+        self.close_in_process(backend)
         for slot, block in want.items():
             if found.get(slot) != (block.key, block.group, block.length):
                 self.broken("recovery", f"slot {slot} holds {block}, it says {found.get(slot)}")

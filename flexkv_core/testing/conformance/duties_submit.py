@@ -61,7 +61,7 @@ class SubmitDuties(DataDuties):
         self.duty = "submit"
         backend = self.in_process(host)
         if not isinstance(backend, SupportsSubmit):
-            self._within("close", backend.close)
+            self.close_in_process(backend)
             pytest.skip("it has no power 'submit'")
         return backend
 
@@ -86,7 +86,7 @@ class SubmitDuties(DataDuties):
         if not by_slot:
             absent = [batch_of(self.blocks(1), starts[at, :1], slots=False) for at in range(BATCHES)]
             self._carry_out(backend, "read", absent, Status.MISSING)
-        self._within("close", backend.close)
+        self.close_in_process(backend)
 
     def _carry_out(
         self, backend: Backend, operation: SubmitOperation, batches: list[Batch], want: Status = Status.OK
@@ -115,7 +115,7 @@ class SubmitDuties(DataDuties):
         for at, block in enumerate(sent):
             host[at * SMALLEST : (at + 1) * SMALLEST] = content(block)
             dones.submit("write", batch_of([block], np.array([at * SMALLEST], np.int64), slots=by_slot))
-        self._within("close", backend.close)
+        self.close_in_process(backend)
         before = [len(answers) for answers in dones.answers]
         time.sleep(AFTERWARDS_S)
         if [len(answers) for answers in dones.answers] != before:
