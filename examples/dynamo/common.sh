@@ -8,7 +8,9 @@ read -ra worker_args <<<"${WORKER_ARGS:-}"     # more for each worker, such as: 
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
 EVENT_PORT=${EVENT_PORT:-20080}                # of the first worker's KV events; the next one's is one more
 SYSTEM_PORT=${SYSTEM_PORT:-9180}               # of the first worker's metrics; likewise
-export FLEXKV_CONFIG_PATH=${FLEXKV_CONFIG_PATH:-$here/stack.yaml}
+if [ -z "${FLEXKV_CONFIG_PATH:-}${FLEXKV_CPU_CACHE_GB:-}" ]; then
+  export FLEXKV_CONFIG_PATH=$here/stack.yaml   # else what these variables say
+fi
 connector='{"kv_connector":"FlexKVConnectorV1","kv_role":"kv_both"}'
 CONNECTOR=${CONNECTOR:-$connector}
 
@@ -48,7 +50,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 start_flexkv() {
-  start flexkv flexkv serve --stack "$FLEXKV_CONFIG_PATH"
+  start flexkv flexkv serve
   wait_for "the FlexKV server" flexkv status
 }
 

@@ -44,8 +44,8 @@ NUMBERS = itertools.count(1)
 
 @dataclass
 class Answer:
-    """worker: who computed it. cached: prompt tokens that were not computed. expected: the share of the prompt that the
-    router knew to be in that worker's own cache."""
+    """worker: who computed it. cached: prompt tokens that were not computed. expected: the share of the prompt that a
+    router by KV events knew the worker to have."""
 
     text: str
     prompt: int
@@ -93,7 +93,7 @@ class Deployment:
             prompt=usage["prompt_tokens"],
             cached=usage["prompt_tokens_details"]["cached_tokens"],
             worker=said["worker_id"]["decode_worker_id"],
-            expected=said["timing"]["kv_hit_rate"],
+            expected=said["timing"].get("kv_hit_rate", 0.0),
         )
 
     def workers(self) -> list[int]:
