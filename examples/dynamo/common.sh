@@ -40,7 +40,7 @@ stop_all() {
   for ((at = ${#started[@]} - 1; at >= 0; at--)); do
     group=${started[at]}
     kill -TERM "$group" 2>/dev/null || true
-    for _ in {1..100}; do alive "$group" || break; sleep 0.1; done
+    for _ in {1..300}; do alive "$group" || break; sleep 0.1; done
     kill -KILL -- "-$group" 2>/dev/null || true
   done
   rm -rf "$discovery"
