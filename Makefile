@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DYNAMO := build/dynamo-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
@@ -16,8 +17,8 @@ demo: $(VENV)/.run ## Set up and replay an hour of production requests
 test: $(VENV)/.test ## Set up and pass the tests
 	$(BIN)/python -m pytest -q
 
-test-dynamo: $(VENV)-dynamo/.ready ## Set up Dynamo with vLLM's CPU build (5 GB) and run examples/dynamo
-	$(VENV)-dynamo/bin/python -m pytest -q -s --noconftest -o pythonpath="tests/engine tests/engine_dynamo" \
+test-dynamo: $(DYNAMO)/.ready ## Set up Dynamo with vLLM's CPU build (4 GB) and run examples/dynamo
+	$(DYNAMO)/bin/python -m pytest -q -s --noconftest -o pythonpath="tests/engine tests/engine_dynamo" \
 	  tests/engine_dynamo/kv_routing.py tests/engine_dynamo/disaggregated.py
 
 check: $(VENV)/.test ## Lint, format, types, import direction
@@ -41,7 +42,7 @@ bench: $(VENV)/.test ## All benchmarks, figures in out/benchmarks.json
 	  $(BIN)/python $$b --json out/benchmarks.json || exit 1; done
 
 clean: ## Remove what set-up and builds have made
-	rm -rf $(VENV) $(VENV)-dynamo build out
+	rm -rf $(VENV) build out
 
 $(VENV)/.built: $(NATIVE) requirements/build.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
@@ -60,6 +61,6 @@ $(VENV)/.test: $(VENV)/.run requirements/test.txt scripts/install_torch.sh examp
 	$(PIP) install -q --no-build-isolation -e examples/redis_backend
 	touch $@
 
-$(VENV)-dynamo/.ready: $(NATIVE) requirements/build.txt scripts/install_dynamo.sh
-	PYTHON=$(PYTHON) bash scripts/install_dynamo.sh $(VENV)-dynamo
+$(DYNAMO)/.ready: $(NATIVE) requirements/build.txt scripts/install_dynamo.sh
+	PYTHON=$(PYTHON) bash scripts/install_dynamo.sh $(DYNAMO)
 	touch $@

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Dynamo with a vLLM that needs no GPU, and this tree, in a venv of their own:  scripts/install_dynamo.sh VENV
-# About 5 GB. The versions are those that Dynamo was run with: ai-dynamo 1.6.1 pins vLLM 0.31.0.
+# About 4 GB. The versions are those that Dynamo was run with: ai-dynamo 1.6.1 pins vLLM 0.31.0.
 set -euo pipefail
 venv=${1:?usage: install_dynamo.sh VENV}
 tree=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,5 +1,5 @@
 """examples/dynamo/kv_routing.sh, and the script that verifies. Run by `make test-dynamo`; not collected by `make test`,
-since the installation takes some 5 GB."""
+since the installation takes some 4 GB."""
 
 from __future__ import annotations
 
