@@ -59,7 +59,7 @@ def test_the_page_and_the_readme_name_every_script_and_no_other() -> None:
 
 
 def test_options_and_settings_exist() -> None:
-    (option,) = set(re.findall(r"`?aggregated\.sh (--[\w-]+)", PAGE))
+    (option,) = set(re.findall(r"`aggregated\.sh`[^`]*`(--[\w-]+)`", PAGE + README))
     assert f"{option})" in (EXAMPLES / "aggregated.sh").read_text()
     settings = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", README, re.MULTILINE)
     code = "".join(file.read_text() for file in SHELL)
