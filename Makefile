@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DYNAMO := build/dynamo-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
-.PHONY: demo test check check-native soak mutants bench clean help
+.PHONY: demo test test-dynamo check check-native soak mutants bench clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -15,6 +16,10 @@ demo: $(VENV)/.run ## Set up and replay an hour of production requests
 
 test: $(VENV)/.test ## Set up and pass the tests
 	$(BIN)/python -m pytest -q
+
+test-dynamo: $(DYNAMO)/.ready ## Set up Dynamo with vLLM's CPU build (4 GB) and run examples/dynamo
+	$(DYNAMO)/bin/python -m pytest -q -s --noconftest -o pythonpath="tests/engine tests/engine_dynamo" \
+	  tests/engine_dynamo/kv_routing.py tests/engine_dynamo/disaggregated.py
 
 check: $(VENV)/.test ## Lint, format, types, import direction
 	$(BIN)/ruff check .
@@ -54,4 +59,8 @@ $(VENV)/.test: $(VENV)/.run requirements/test.txt scripts/install_torch.sh examp
 	$(PIP) install -q -r requirements/test.txt
 	bash scripts/install_torch.sh $(BIN)/python
 	$(PIP) install -q --no-build-isolation -e examples/redis_backend
+	touch $@
+
+$(DYNAMO)/.ready: $(NATIVE) requirements/build.txt scripts/install_dynamo.sh
+	PYTHON=$(PYTHON) bash scripts/install_dynamo.sh $(DYNAMO)
 	touch $@
