@@ -41,6 +41,9 @@ STORE_S = 10.0
 REGISTER_AGAIN_S = 1.0
 """Between two attempts to register a namespace while the server is away."""
 
+DeviceTables = Sequence[Sequence[int]]
+"""A request's device blocks, by KV group."""
+
 
 @dataclass(slots=True)
 class Ends:
@@ -315,18 +318,25 @@ class SchedulerHalf:
                 self._ends.revoked.append(store.tag)
         tracked.stores.clear()
 
-    def _store(self, tracked: _Tracked, least: int) -> None:
-        """Store full blocks whose step's output has been processed, if they are so many or the prompt is done."""
+    def _store(self, tracked: _Tracked, least: int, device_blocks: DeviceTables | None = None) -> None:
+        """Store full blocks whose step's output has been processed, if they are so many or the prompt is done.
+
+        `device_blocks`: the request's, by KV group; None: those in vLLM's tables, if it has shown them.
+        """
         request, size = tracked.request, self._spec.block_size
-        if tracked.epoch != self._epoch or self._blocks is None:
+        if tracked.epoch != self._epoch:
             return
         computed = min(request.num_computed_tokens - request.num_in_flight_tokens, len(request.all_token_ids))
         full = computed // size
         prompt_done = computed >= request.num_prompt_tokens and tracked.stored < request.num_prompt_tokens // size
         if full <= tracked.stored or (full - tracked.stored < least and not prompt_done):
             return
+        if device_blocks is None:
+            if self._blocks is None:
+                return
+            device_blocks = self._blocks.get_block_ids(request.request_id)
         self._extend(tracked, full * size)
-        tables = [self._table(ids, tracked.stored, full) for ids in self._blocks.get_block_ids(request.request_id)]
+        tables = [self._table(ids, tracked.stored, full) for ids in device_blocks]
         tag = self._tag(request)
         try:
             transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
@@ -338,8 +348,8 @@ class SchedulerHalf:
         tracked.stores = [store for store in tracked.stores if not store.transfer.ended]
         tracked.stores.append(_Store(transfer, tag))
 
-    def finished(self, request: Request) -> bool:
-        """The request has ended. True: hold its blocks until `Ends.saved` names it."""
+    def finished(self, request: Request, device_blocks: DeviceTables) -> bool:
+        """The request, which has these device blocks, has ended. True: hold them until `Ends.saved` names it."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return False
@@ -350,7 +360,7 @@ class SchedulerHalf:
         if tracked.fetch is not None:
             tracked.fetch.release()
             tracked.fetch = None
-        self._store(tracked, 1)
+        self._store(tracked, 1, device_blocks)
         if not any(not store.transfer.done for store in tracked.stores):
             return False
         self._finishing[request.request_id] = (tracked, time.monotonic() + STORE_S)
