@@ -1,4 +1,4 @@
-"""vLLM's connector: the class that vLLM makes once a role, over the two halves. Needs vLLM 0.32 or a later 0.x.
+"""vLLM's connector: the class that vLLM makes once a role, over the two halves. Needs vLLM 0.31 or a later 0.x.
 
     --kv-transfer-config '{"kv_connector": "FlexKVConnector", "kv_role": "kv_both",
                            "kv_connector_module_path": "flexkv_core.connectors.vllm"}'

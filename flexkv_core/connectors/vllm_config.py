@@ -1,7 +1,7 @@
-"""What is configured of vLLM's connector: `kv_connector_extra_config`, then FLEXKV_CONFIG_PATH, then FLEXKV_* variables.
+"""What is configured of vLLM's connector: `kv_connector_extra_config`, FLEXKV_CONFIG_PATH, FLEXKV_* variables.
 
-Owns the keys of `kv_connector_extra_config` (docs/vllm.md has them all) and how the scheduler's half comes to its client.
-Does not own what a stack says (`flexkv_core.config`).
+Owns the keys of `kv_connector_extra_config` (docs/vllm.md has them all) and how the scheduler's half comes to its
+client. Does not own what a stack says (`flexkv_core.config`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ConnectorKeys(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ConnectorConfig:
-    """keys: what was given to the connector; loaded: the stack and all else that is configured; socket: the server's."""
+    """keys: as given to the connector; loaded: the stack and all else that is configured; socket: the server's."""
 
     keys: ConnectorKeys
     loaded: LoadedConfig

@@ -1,9 +1,9 @@
 """The in-tree door: what vLLM's own `FlexKVConnectorV1` delegates to, where plug-ins are not loaded.
 
 Owns what that class does not hand on. It keeps the KV cache config and each step's metadata to itself, so they are read
-from it; it has no word for the loads that failed but device blocks, so they are told; it does not say that running
-requests lose their blocks, so a request is stored when it has finished, from blocks that vLLM holds until then. All else
-is `FlexKVConnector`'s.
+from it; it takes no word of failed loads but their device blocks, so these are told; it does not say that running
+requests lose their blocks, so a request is stored when it has finished, from blocks that vLLM holds until the store has
+ended. All else is `FlexKVConnector`'s.
 """
 
 from __future__ import annotations

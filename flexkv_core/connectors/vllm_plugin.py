@@ -1,8 +1,8 @@
 """vLLM's plug-in: makes the in-tree name `FlexKVConnectorV1` mean this project's connector.
 
-Loaded by vLLM in each of its processes, by the entry point `vllm.general_plugins`. Owns what stands in vLLM's registry of
-connectors under `FlexKVConnectorV1` and `FlexKVConnector`. It imports no connector before vLLM asks for one, and whatever
-goes wrong is logged: vLLM starts all the same.
+Loaded by vLLM in each of its processes, by the entry point `vllm.general_plugins`. Owns what stands in vLLM's registry
+of connectors under `FlexKVConnectorV1` and `FlexKVConnector`. It imports no connector before vLLM asks for one, and
+whatever goes wrong is logged: vLLM starts all the same.
 """
 
 from __future__ import annotations
