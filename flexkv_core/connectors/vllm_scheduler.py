@@ -74,6 +74,7 @@ class _Tracked:
     Attributes:
         keys: of its prefix, extended as it grows; epoch: which reset of the engine they belong to.
         matched: blocks that were promised last. local: tokens that vLLM had itself then.
+        load_failed: it is computed: the next load would fail as this one did.
         stored: leading blocks that are, or are being, cached.
     """
 
@@ -87,6 +88,7 @@ class _Tracked:
     local: int = 0
     load: ClientTransfer | None = None
     load_tag: str = ""
+    load_failed: bool = False
     stored: int = 0
     stores: list[_Store] = field(default_factory=list)
 
@@ -208,7 +210,7 @@ class SchedulerHalf:
         if request.skip_reading_prefix_cache:
             return 0
         tracked = self._track(request)
-        if tracked is None or tracked.load is not None:
+        if tracked is None or tracked.load is not None or tracked.load_failed:
             return 0
         if tracked.fetch is None or tracked.fetch.released:
             self._fetch(tracked)
@@ -252,6 +254,7 @@ class SchedulerHalf:
         if fetch is None or fetch.ready < last:  # it was lost since: the workers say so
             self._ends.failed[request.request_id] = tracked.load_tag
             self.counts.failed_loads += 1
+            tracked.load_failed = True
             return
         table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
         tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
@@ -299,6 +302,7 @@ class SchedulerHalf:
                 logger.warning("a load of request %s failed: %s", request_id, load.error)
                 self.counts.failed_loads += 1
                 self._ends.failed[request_id] = tracked.load_tag
+                tracked.load_failed = True
             tracked.load = None
             if tracked.fetch is not None:
                 tracked.fetch.release()
