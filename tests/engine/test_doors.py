@@ -27,7 +27,8 @@ LESS = "through vLLM's own FlexKVConnectorV1"
 
 def door(name: str, folder: Path, **extra: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """`kv_transfer_config` and environment of a door."""
-    given = config(folder, HOST_ONLY, **extra)
+    patient = {"call_s": 30.0, "fetch_s": 60.0}  # what is tested is that it finds, not how soon
+    given = config(folder, HOST_ONLY, **patient, **extra)
     if name != BY_PATH:
         del given["kv_connector_module_path"]
         given["kv_connector"] = "FlexKVConnectorV1"
