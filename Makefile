@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DYNAMO := build/dynamo-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
+NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends compat -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
 .PHONY: demo test test-dynamo check check-native soak mutants bench clean help
 
@@ -48,7 +48,7 @@ $(VENV)/.built: $(NATIVE) requirements/build.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -q -r requirements/build.txt
 	$(PIP) install -q --no-build-isolation -e .
-	for b in backends/*/pyproject.toml; do $(PIP) install -q --no-build-isolation -e $$(dirname $$b) || exit 1; done
+	for b in backends/*/pyproject.toml compat/*/pyproject.toml; do $(PIP) install -q --no-build-isolation -e $$(dirname $$b) || exit 1; done
 	touch $@
 
 $(VENV)/.run: $(VENV)/.built requirements/run.txt

@@ -21,7 +21,7 @@ from flexkv_core.manager import KVCacheManager
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
-READMES = sorted(path for path in REPOSITORY.rglob("*.md") if not {".venv", "build"} & set(path.parts))
+READMES = sorted(path for path in REPOSITORY.rglob("*.md") if not {".venv", ".venv-engine", "build"} & set(path.parts))
 
 
 def blocks(language: str, path: Path = README) -> list[str]:

@@ -166,7 +166,7 @@ def stack_of(source: Source) -> StackConfig:
         raise source.error((), "a stack is a mapping with the key tiers: see README.md")
     for path in sorted(source.referenced, key=str):
         _refuse_reference(source, path)
-    top = _validated(source, (), StackKeys, source.resolved, StackKeys.model_fields)
+    top = validated(source, (), StackKeys, source.resolved, StackKeys.model_fields)
     if not top.tiers:
         raise source.error(("tiers",), "a stack needs at least one tier")
     tiers: list[TierConfig] = []
@@ -196,8 +196,8 @@ def _tier(source: Source, number: int, entry: Any, taken: list[str]) -> TierConf
     known = [*TierKeys.model_fields, *spec.config_model.model_fields]
     core = {key: value for key, value in entry.items() if key in TierKeys.model_fields}
     own = {key: value for key, value in entry.items() if key not in TierKeys.model_fields}
-    keys = _validated(source, path, TierKeys, core, known)
-    options: BackendConfig = _validated(source, path, spec.config_model, own, known)
+    keys = validated(source, path, TierKeys, core, known)
+    options: BackendConfig = validated(source, path, spec.config_model, own, known)
     written = _written(source, path, spec, own)
     options.hide_in_repr(key for key in own if is_secret_name(key) or source.hides((*path, key)))
     name = keys.name or _free_name(spec.name, taken)
@@ -297,7 +297,11 @@ def _free_name(backend: str, taken: list[str]) -> str:
     return name
 
 
-def _validated(source: Source, path: Path_, model: type[Model], data: dict[str, Any], known: Iterable[str]) -> Model:
+def validated(source: Source, path: Path_, model: type[Model], data: dict[str, Any], known: Iterable[str]) -> Model:
+    """What a pydantic model makes of `data`, which stands at `path`; `known`: the keys that there are.
+
+    Raises StackConfigError.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:

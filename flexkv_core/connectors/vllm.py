@@ -1,9 +1,10 @@
-"""vLLM's connector: the class that vLLM makes once a role, over the two halves. Needs vLLM 0.32 or a later 0.x.
+"""vLLM's connector: the class that vLLM makes once a role, over the two halves. Needs vLLM 0.31 or a later 0.x.
 
     --kv-transfer-config '{"kv_connector": "FlexKVConnector", "kv_role": "kv_both",
                            "kv_connector_module_path": "flexkv_core.connectors.vllm"}'
 
-Owns the config of the connector and what each of vLLM's calls goes to. See docs/vllm.md.
+Owns what each of vLLM's calls goes to. Does not own what is configured (`vllm_config.py`) or by what names vLLM finds
+this class (`vllm_plugin.py`, `vllm_in_tree.py`). See docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from flexkv_core.config import load_config
+from flexkv_core.connectors.vllm_config import connector_config
 from flexkv_core.connectors.vllm_model import model_spec, world_of
 from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
 from flexkv_core.connectors.vllm_worker import WorkerHalf
 from flexkv_core.errors import FlexKVError
-from flexkv_core.server.launch import embedded
-from flexkv_core.server.paths import socket_path
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("flexkv.vllm")
-
-FETCH_S = 5.0
-CALL_S = 0.2
 
 
 @dataclass
@@ -59,24 +55,28 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        extra = dict(self._kv_transfer_config.kv_connector_extra_config or {})
+        if role == KVConnectorRole.WORKER:
+            self._worker = WorkerHalf(kv_cache_config)
         try:
-            spec = model_spec(vllm_config, kv_cache_config)
-            source = extra.get("stack")
-            config = load_config(source)
-            if not config.settings.process.enabled:
-                logger.info("ENABLE_FLEXKV is 0: nothing is cached")
-                return
-            path = socket_path(extra.get("socket", config.settings.server.socket))
-            engine = self._engine_name()
-            if role == KVConnectorRole.SCHEDULER:
-                client = embedded(source, path, engine=engine, deadline_s=float(extra.get("call_s", CALL_S)))
-                self._scheduler = SchedulerHalf(client, spec, fetch_s=float(extra.get("fetch_s", FETCH_S)))
-            else:
-                rank, ranks = self._rank(), world_of(vllm_config)
-                self._worker = WorkerHalf(path, engine, kv_cache_config, rank, ranks)
-        except FlexKVError as error:
-            logger.error("FlexKV caches nothing for this engine: %s", error)
+            self._begin(kv_cache_config)
+        except (FlexKVError, OSError) as error:
+            # Both halves find the same; the scheduler's says it.
+            level = logging.ERROR if role == KVConnectorRole.SCHEDULER else logging.DEBUG
+            logger.log(level, "FlexKV caches nothing for this engine: %s", error)
+
+    def _begin(self, kv_cache_config: KVCacheConfig) -> None:
+        config = connector_config(self._kv_transfer_config.kv_connector_extra_config or {})
+        if not config.enabled:
+            logger.info("ENABLE_FLEXKV is 0: nothing is cached")
+            return
+        spec = model_spec(self._vllm_config, kv_cache_config)
+        engine = self._engine_name()
+        if self._worker is not None:
+            self._worker.serve(config.socket, engine, self._rank(), world_of(self._vllm_config))
+            return
+        for warning in config.loaded.warnings:
+            logger.warning("%s", warning)
+        self._scheduler = SchedulerHalf(config.client(engine), spec, fetch_s=config.keys.fetch_s)
 
     def _engine_name(self) -> str:
         parallel = self._vllm_config.parallel_config
@@ -163,7 +163,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.after_alloc(request, blocks, num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> FlexKVMetadata:
         if self._scheduler is None:
             return FlexKVMetadata()
         began = time.perf_counter()
@@ -177,7 +177,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler is not None and self._scheduler.finished(request), None
+        return self._scheduler is not None and self._scheduler.finished(request, block_ids), None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.busy

@@ -41,6 +41,9 @@ STORE_S = 10.0
 REGISTER_AGAIN_S = 1.0
 """Between two attempts to register a namespace while the server is away."""
 
+DeviceTables = Sequence[Sequence[int]]
+"""A request's device blocks, by KV group."""
+
 
 @dataclass(slots=True)
 class Ends:
@@ -71,6 +74,7 @@ class _Tracked:
     Attributes:
         keys: of its prefix, extended as it grows; epoch: which reset of the engine they belong to.
         matched: blocks that were promised last. local: tokens that vLLM had itself then.
+        load_failed: it is computed: the next load would fail as this one did.
         stored: leading blocks that are, or are being, cached.
     """
 
@@ -84,6 +88,7 @@ class _Tracked:
     local: int = 0
     load: ClientTransfer | None = None
     load_tag: str = ""
+    load_failed: bool = False
     stored: int = 0
     stores: list[_Store] = field(default_factory=list)
 
@@ -205,7 +210,7 @@ class SchedulerHalf:
         if request.skip_reading_prefix_cache:
             return 0
         tracked = self._track(request)
-        if tracked is None or tracked.load is not None:
+        if tracked is None or tracked.load is not None or tracked.load_failed:
             return 0
         if tracked.fetch is None or tracked.fetch.released:
             self._fetch(tracked)
@@ -249,6 +254,7 @@ class SchedulerHalf:
         if fetch is None or fetch.ready < last:  # it was lost since: the workers say so
             self._ends.failed[request.request_id] = tracked.load_tag
             self.counts.failed_loads += 1
+            tracked.load_failed = True
             return
         table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
         tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
@@ -296,6 +302,7 @@ class SchedulerHalf:
                 logger.warning("a load of request %s failed: %s", request_id, load.error)
                 self.counts.failed_loads += 1
                 self._ends.failed[request_id] = tracked.load_tag
+                tracked.load_failed = True
             tracked.load = None
             if tracked.fetch is not None:
                 tracked.fetch.release()
@@ -315,18 +322,25 @@ class SchedulerHalf:
                 self._ends.revoked.append(store.tag)
         tracked.stores.clear()
 
-    def _store(self, tracked: _Tracked, least: int) -> None:
-        """Store full blocks whose step's output has been processed, if they are so many or the prompt is done."""
+    def _store(self, tracked: _Tracked, least: int, device_blocks: DeviceTables | None = None) -> None:
+        """Store full blocks whose step's output has been processed, if they are so many or the prompt is done.
+
+        `device_blocks`: the request's, by KV group; None: those in vLLM's tables, if it has shown them.
+        """
         request, size = tracked.request, self._spec.block_size
-        if tracked.epoch != self._epoch or self._blocks is None:
+        if tracked.epoch != self._epoch:
             return
         computed = min(request.num_computed_tokens - request.num_in_flight_tokens, len(request.all_token_ids))
         full = computed // size
         prompt_done = computed >= request.num_prompt_tokens and tracked.stored < request.num_prompt_tokens // size
         if full <= tracked.stored or (full - tracked.stored < least and not prompt_done):
             return
+        if device_blocks is None:
+            if self._blocks is None:
+                return
+            device_blocks = self._blocks.get_block_ids(request.request_id)
         self._extend(tracked, full * size)
-        tables = [self._table(ids, tracked.stored, full) for ids in self._blocks.get_block_ids(request.request_id)]
+        tables = [self._table(ids, tracked.stored, full) for ids in device_blocks]
         tag = self._tag(request)
         try:
             transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
@@ -338,8 +352,8 @@ class SchedulerHalf:
         tracked.stores = [store for store in tracked.stores if not store.transfer.ended]
         tracked.stores.append(_Store(transfer, tag))
 
-    def finished(self, request: Request) -> bool:
-        """The request has ended. True: hold its blocks until `Ends.saved` names it."""
+    def finished(self, request: Request, device_blocks: DeviceTables) -> bool:
+        """The request, which has these device blocks, has ended. True: hold them until `Ends.saved` names it."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return False
@@ -350,7 +364,7 @@ class SchedulerHalf:
         if tracked.fetch is not None:
             tracked.fetch.release()
             tracked.fetch = None
-        self._store(tracked, 1)
+        self._store(tracked, 1, device_blocks)
         if not any(not store.transfer.done for store in tracked.stores):
             return False
         self._finishing[request.request_id] = (tracked, time.monotonic() + STORE_S)

@@ -23,32 +23,35 @@ logger = logging.getLogger("flexkv.vllm")
 
 
 class WorkerHalf:
-    """See the module's docstring.
+    """See the module's docstring. One that copies nothing still tells vLLM what has ended: no request waits for it."""
 
-    Args:
-        path: of the server's socket. engine: the engine's name.
-        rank, ranks: this worker's number, pipeline stage by pipeline stage, and how many there are.
-    """
-
-    def __init__(self, path: Path, engine: str, kv_cache_config: KVCacheConfig, rank: int, ranks: int) -> None:
-        self._path = path
-        self._engine = engine
+    def __init__(self, kv_cache_config: KVCacheConfig) -> None:
         self._config = kv_cache_config
-        self._rank, self._ranks = rank, ranks
+        self._place: tuple[Path, str, int, int] | None = None
         self._agent: DeviceAgent | None = None
         self._ends = Ends()
 
+    def serve(self, path: Path, engine: str, rank: int, ranks: int) -> None:
+        """Copy, from `register` on.
+
+        Args:
+            path: of the server's socket. engine: the engine's name.
+            rank, ranks: this worker's number, pipeline stage by pipeline stage, and how many there are.
+        """
+        self._place = (path, engine, rank, ranks)
+
     def register(self, kv_caches: Mapping[str, Any]) -> None:
-        """The tensors are there: begin to serve copies."""
+        """The tensors are there: begin to serve copies. Raises LayoutError for tensors that cannot be."""
+        if self._place is None:
+            return
         groups, axes = [], []
         for group in self._config.kv_cache_groups:
             tensors = [kv_caches[name] for name in group.layer_names if name in kv_caches]
             groups.append(tensors)
             axes.append(block_axis([tuple(tensor.shape) for tensor in tensors], self._config.num_blocks))
         device = CpuDevice(groups, axes)
-        self._agent = DeviceAgent(
-            self._path, engine=self._engine, device=device, groups=len(groups), rank=self._rank, ranks=self._ranks
-        )
+        path, engine, rank, ranks = self._place
+        self._agent = DeviceAgent(path, engine=engine, device=device, groups=len(groups), rank=rank, ranks=ranks)
 
     def bind(self, ends: Ends) -> None:
         """A step begins."""

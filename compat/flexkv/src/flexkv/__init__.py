@@ -1,0 +1,1 @@
+"""The import paths of FlexKV that engines ship with. What they do is `flexkv_core`'s."""
