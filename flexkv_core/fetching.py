@@ -13,7 +13,7 @@ from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.handles import Fetch
 from flexkv_core.index import Keys
 from flexkv_core.planner import Planner
-from flexkv_core.plans import Move
+from flexkv_core.plans import HOST, Move
 from flexkv_core.scheduler import Scheduler
 
 logger = logging.getLogger("flexkv.fetch")
@@ -81,8 +81,15 @@ class Fetches:
             loop.call_later(deadline_s, self._finish, fetch),
             loop.call_later(max(deadline_s, self._pin_limit_s), self._expire, fetch),
         ]
+        if fetch.plan.awaited.any():
+            fetch.held = [
+                ("" if number == HOST else self._planner.tiers[number].name, blocks)
+                for number, blocks in fetch.plan.runs()
+            ]
         self._update(fetch)
         if not fetch.done:
+            if not fetch.ready:
+                fetch.changed()  # who waits for it learns where its blocks are
             self._scheduler.reading.submit(fetch.plan, urgent=fetch.keep)
 
     def _refresh(self, move: Move) -> None:

@@ -157,6 +157,12 @@ class FetchPlan:
     counted: bool = True
     asked: int = 0
 
+    def runs(self) -> list[tuple[int, int]]:
+        """(tier, blocks) along the path: the slowest tier that a block comes from, host memory where none needs it."""
+        slowest = np.where(self.needed, self.sources, HOST).max(axis=0, initial=HOST)
+        ends = np.append(np.flatnonzero(np.diff(slowest)) + 1, len(slowest))
+        return list(zip(slowest[ends - 1].tolist(), np.diff(ends, prepend=0).tolist(), strict=True))
+
 
 @dataclass(slots=True, eq=False)
 class Probe:

@@ -290,13 +290,14 @@ class ClientSession:
 
         def tell(fetch: handles.Fetch) -> None:
             nonlocal told_done
+            took = time.perf_counter() - started
             if fetch.done and not told_done:
                 told_done = True
                 if message.keep:
-                    self._shell.observe("fetch", time.perf_counter() - started)
+                    self._shell.observe("fetch", took)
             if self._fetches.get(number) is not fetch:
                 return
-            self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why))
+            self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why, fetch.held, took))
             if fetch.done and not fetch.ready:
                 fetch.release()  # there is nothing to load: it holds nothing
             if fetch.done and (fetch.released or not fetch.ready):

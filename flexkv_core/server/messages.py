@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flexkv_core.framing import WireError, framed
 from flexkv_core.layout import ModelSpec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows with every change of these messages: both sides must speak the same."""
 MAX_MESSAGE_BYTES = 32 << 20
 """Keys of half a million blocks, with their device blocks, fit."""
@@ -206,13 +206,16 @@ class Found(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """As `flexkv_core.handles.Fetch`: `ready` has grown, it is done, or its pins are gone (`why`)."""
+    """As `flexkv_core.handles.Fetch`: it is known where its blocks are (`held`), `ready` has grown, it is done, or its
+    pins are gone (`why`). `seconds`: since it began."""
 
     id: int
     ready: int
     done: bool
     sources: dict[str, int]
     why: str
+    held: list[tuple[str, int]]
+    seconds: float
 
 
 class Moved(Message, frozen=True):
