@@ -16,7 +16,8 @@ from flexkv_core.connectors.load_or_compute import HERE, Choice, LoadOrCompute
 from flexkv_core.server import Client, ClientFetch
 
 FIRST_WAIT_S = 0.0003
-"""What host memory takes to answer: a request that finds all there is scheduled in the same step."""
+"""What host memory takes to answer: a request that finds all there is scheduled in the step in which it is first asked
+for. All that are first asked for in a step wait so long together."""
 PROBE_AFTER_S = 1.0
 """A tier whose blocks were not waited for rests so long between two prefetches, and as long as the last one took."""
 
@@ -27,7 +28,7 @@ class Arrival:
 
     Attributes:
         fetch: of `keys`, or, where `cut`, of the leading part of them that is taken.
-        until: no wait is longer; first_until: no call waits longer.
+        until: no wait is longer. asked: it was asked for, so that its fetch has been waited for.
         choice: what was decided while the fetch was under way, on a hit of `whole` blocks.
         ahead: blocks that were asked of each tier before, while its own are.
         counted: what became of it has been.
@@ -38,7 +39,7 @@ class Arrival:
     fetch: ClientFetch
     began: float
     until: float
-    first_until: float
+    asked: bool = False
     whole: int = 0
     choice: Choice | None = None
     ahead: dict[str, int] | None = None
@@ -71,13 +72,14 @@ class Arrivals:
         self._asked: Counter[str] = Counter()  # blocks that are waited for, by tier
         self._behind: dict[str, _Behind] = {}
         self._rest_until: dict[str, float] = {}
+        self._first_until: float | None = None
 
     def begin(self, namespace: Namespace, keys: Keys) -> Arrival:
         """Look for a prefix. Raises UnknownNamespaceError."""
         now = self._clock()
         fetch = self._client.fetch(namespace, keys, self._fetch_s)
         until = now + min(self._fetch_s, self._judge.compute_s(len(keys)) or self._fetch_s)
-        return Arrival(namespace, keys, fetch, now, until, now + FIRST_WAIT_S)
+        return Arrival(namespace, keys, fetch, now, until)
 
     def found(self, arrival: Arrival, local: int) -> int | None:
         """Leading blocks that are in hand, `arrival.fetch` done, and worth loading; None: ask again.
@@ -85,9 +87,10 @@ class Arrivals:
         `local`: leading blocks that the engine has itself; no more than these: the hit has been given up.
         """
         while True:
-            fetch, left = arrival.fetch, arrival.first_until - self._clock()
-            if left > 0 and not fetch.done:
-                fetch.wait(left)
+            fetch = arrival.fetch
+            if not arrival.asked:
+                arrival.asked = True
+                self._first_wait(fetch)
             if fetch.done:
                 return self._in_hand(arrival, local)
             if arrival.choice is None and fetch.held:
@@ -109,8 +112,16 @@ class Arrivals:
         self._settle(arrival)
         arrival.fetch.release()
 
-    def poll(self) -> None:
-        """Take note of what has come behind the requests."""
+    def _first_wait(self, fetch: ClientFetch) -> None:
+        now = self._clock()
+        if self._first_until is None:
+            self._first_until = now + FIRST_WAIT_S
+        if now < self._first_until and not fetch.done:
+            fetch.wait(self._first_until - now)
+
+    def step(self) -> None:
+        """A step is over: take note of what has come behind the requests."""
+        self._first_until = None
         for tier, behind in list(self._behind.items()):
             if behind.fetch.done:
                 del self._behind[tier]
@@ -144,8 +155,7 @@ class Arrivals:
         fetch = self._client.fetch(arrival.namespace, arrival.keys[:blocks], self._fetch_s)
         self._abandon(arrival)
         arrival.fetch, arrival.cut = fetch, True
-        arrival.keys = arrival.keys[:blocks]
-        arrival.first_until = now + FIRST_WAIT_S
+        arrival.keys, arrival.asked = arrival.keys[:blocks], False
         arrival.until = now + (self._judge.compute_s(blocks) or self._fetch_s)
 
     def _leave(self, arrival: Arrival, local: int) -> None:

@@ -294,7 +294,7 @@ class SchedulerHalf:
             self._preempted(request_id)
         self._store_due(output)
         self._end_stores()
-        self._arrivals.poll()
+        self._arrivals.step()
         ends, self._ends = self._ends, Ends()
         return ends
 
