@@ -37,7 +37,7 @@ class Fetch:
         done: nothing more will come (complete, failed in part, past the deadline, cancelled).
         sources: after `done`, tier name -> leading blocks that came from it.
         held: where its blocks were when it began, once that is known: (tier name, blocks), from the first block on;
-            "" stands for host memory. Empty where nothing had to come from a lower tier.
+            "" stands for host memory. Empty where all of them were in host memory.
         released: its pins are gone, or go when its last load ends; `why` says what took them: "released",
             "cancelled", "expired" (kept beyond the time limit), "reset" (of its namespace) or "refused" (the log says
             why it could not be planned); "" before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,6 +200,7 @@ def test_what_is_not_known_is_tried_for_a_share_of_what_it_saves() -> None:
     off = judge(enabled=False)
     for _ in range(2):
         off.came("slow", 10, 1000.0)
+    assert off.compute_s(10) is None, "no wait is bounded by it"
     assert (off.choose([("slow", 10)], 0).blocks, off.choose([("slow", 10)], 0).limit_s) == (10, 5.0)
 
 
@@ -210,6 +212,7 @@ class FakeFetch:
 
     def __init__(self, keys: np.ndarray, *, keep: bool) -> None:
         self.blocks, self.keep = len(keys), keep
+        self.avoid: list[str] = []
         self.ready, self.done, self.why = 0, False, ""
         self.held: list[tuple[str, int]] = []
         self.steps: list[tuple[int, float]] = []
@@ -235,8 +238,11 @@ class FakeClient:
         self.here = here
         self.fetches: list[FakeFetch] = []
 
-    def fetch(self, namespace: Namespace, keys: np.ndarray, deadline_s: float, *, keep: bool = True) -> FakeFetch:
+    def fetch(
+        self, namespace: Namespace, keys: np.ndarray, deadline_s: float, *, keep: bool = True, avoid: Sequence[str] = ()
+    ) -> FakeFetch:
         self.fetches.append(FakeFetch(keys, keep=keep))
+        self.fetches[-1].avoid = list(avoid)
         if keep and len(keys) <= self.here:
             self.fetches[-1].tell(len(keys), 0.0, done=True)
         return self.fetches[-1]
@@ -260,7 +266,7 @@ class Rig:
         """A request whose fetch has said where its blocks are."""
         arrival = self.arrivals.begin(self.namespace, np.zeros((blocks, 32), np.uint8))
         fetch = self.client.fetches[-1]
-        fetch.tell(self.client.here, 0.0, held)
+        fetch.tell(self.client.here, 0.0, held, done="ssd" in fetch.avoid)
         return arrival, fetch
 
     def probe(self, seconds: float, held: list[tuple[str, int]]) -> None:
@@ -316,13 +322,12 @@ def test_a_slow_tier_is_not_waited_for_until_it_is_fast_again() -> None:
     arrival, _ = rig.arrive(20, HELD)
     assert rig.arrivals.found(arrival, 0) == 4, "at once"
     assert rig.judge.decisions.gave_up == 0
-    arrival, _ = rig.arrive(20, [("ssd", 20)])
     rig.client.here = 0
+    arrival, _ = rig.arrive(20, [("ssd", 20)])
     assert rig.arrivals.found(arrival, 0) == 0
     assert rig.judge.decisions.probes == 1, "one at a time"
-    assert rig.client.fetches[-1].why == "cancelled"
-    rig.client.fetches.pop()
-    rig.client.fetches[-1].tell(20, 0.001, HELD, done=True)
+    assert [each.avoid for each in rig.client.fetches] == [["ssd"], [], ["ssd"]], "it is not even read"
+    rig.client.fetches[1].tell(20, 0.001, HELD, done=True)
     rig.arrivals.step()
     assert rig.judge.decisions.probes == 1
     assert rig.arrivals.found(rig.arrive(20, [("ssd", 20)])[0], 0) == 0, "one measurement is none"
@@ -343,7 +348,7 @@ def test_what_the_engine_has_itself_is_not_loaded() -> None:
         rig.judge.came("ssd", 16, 100.0)
     arrival, fetch = rig.arrive(20, HELD)
     assert rig.arrivals.found(arrival, 6) == 6
-    assert fetch.why == "cancelled"
+    assert fetch.why == "released"
     assert (rig.judge.decisions.not_taken, rig.judge.decisions.left_tokens) == (1, 14 * TOKENS)
 
 
@@ -386,6 +391,9 @@ def test_the_server_says_where_blocks_are_and_when_they_came(tmp_path: Path) -> 
             assert transfer.wait(10)
             assert cache.drain(10)
         gone = next(keys for keys in prefixes if cache.lookup(model, keys).host_blocks == 0)
+        avoiding = cache.fetch(model, gone, avoid=["directory"])
+        assert avoiding.wait(10)
+        assert (avoiding.ready, avoiding.held) == (0, [("directory", 8)])
         fetch = cache.fetch(model, gone)
         assert fetch.wait(10)
         assert fetch.ready == 8

@@ -77,7 +77,7 @@ class Arrivals:
     def begin(self, namespace: Namespace, keys: Keys) -> Arrival:
         """Look for a prefix. Raises UnknownNamespaceError."""
         now = self._clock()
-        fetch = self._client.fetch(namespace, keys, self._fetch_s)
+        fetch = self._client.fetch(namespace, keys, self._fetch_s, avoid=self._judge.too_slow(len(keys)))
         until = now + min(self._fetch_s, self._judge.compute_s(len(keys)) or self._fetch_s)
         return Arrival(namespace, keys, fetch, now, until)
 
@@ -143,6 +143,10 @@ class Arrivals:
     def _in_hand(self, arrival: Arrival, local: int) -> int:
         """The fetch is done: what it has is in host memory."""
         self._settle(arrival)
+        if not arrival.counted:
+            arrival.whole = max(arrival.whole, sum(blocks for _, blocks in arrival.fetch.held))
+            if arrival.whole > arrival.fetch.ready and not arrival.cut:
+                self._follow(arrival)
         choice = self._judge.choose([(HERE, arrival.fetch.ready)], local)
         self._count(arrival, choice, local)
         if choice.blocks <= local:
@@ -164,16 +168,19 @@ class Arrivals:
         self._count(arrival, self._judge.choose([], local), local)
 
     def _abandon(self, arrival: Arrival) -> None:
-        """Give up the fetch; what it was to bring comes behind the request, where that is due."""
+        """Give up the fetch; its reads that are queued change hands, if what they bring comes behind the request."""
+        self._follow(arrival)
+        self._settle(arrival)
+        self._client.cancel(arrival.fetch)
+
+    def _follow(self, arrival: Arrival) -> None:
+        """Have what was not taken come behind the request, where that is due."""
         fetch, now = arrival.fetch, self._clock()
         tier = next((tier for tier, _ in reversed(fetch.held) if tier != HERE), None)
         if tier is not None and tier not in self._behind and now >= self._rest_until.get(tier, now):
-            # Before the fetch is cancelled: so reads that are queued change hands.
             follower = self._client.prefetch(arrival.namespace, arrival.keys, self._fetch_s)
             self._behind[tier] = _Behind(follower, now, dict(self._asked))
             self._judge.decisions.probes += 1
-        self._settle(arrival)
-        self._client.cancel(fetch)
 
     def _count(self, arrival: Arrival, choice: Choice, local: int) -> None:
         if not arrival.counted:

@@ -27,6 +27,9 @@ PATIENCE = 4.0
 """A wait may take so many times what was expected."""
 UNKNOWN_SHARE = 0.5
 """Of what the blocks of a tier of which nothing is known save: how long they are waited for."""
+UNDONE = 2.0
+"""What has not come after some time is expected to take so many times as long: with `UNKNOWN_SHARE`, one wait in vain
+for a tier of which nothing was known is enough."""
 LEAST_SHARE = 0.125
 """Of what they save: how long blocks are waited for, however fast they were expected."""
 
@@ -106,9 +109,9 @@ class LoadOrCompute:
             self._tiers.setdefault(tier, Line()).observe(blocks * self._block_bytes, seconds)
 
     def did_not_come(self, tier: str, blocks: int, seconds: float) -> None:
-        """They have not come in that time: so they take as long at least."""
-        if blocks > 0 and seconds > (self.wait_s(tier, blocks) or 0.0):
-            self.came(tier, blocks, seconds)
+        """They have not come in that time: as long again may be expected."""
+        if blocks > 0 and UNDONE * seconds > (self.wait_s(tier, blocks) or 0.0):
+            self.came(tier, blocks, UNDONE * seconds)
 
     def wait_s(self, tier: str, blocks: int) -> float | None:
         """What so many blocks are expected to take from a tier; None: nothing is known of it."""
@@ -118,9 +121,17 @@ class LoadOrCompute:
         return None if line is None else line.predict(blocks * self._block_bytes)
 
     def compute_s(self, blocks: int) -> float | None:
-        """What computing so many blocks takes; None: not known yet."""
-        token_s = self.prefill.token_s
+        """What computing so many blocks takes; None: not known, or of no interest."""
+        token_s = self.prefill.token_s if self._enabled else None
         return None if token_s is None else max(blocks, 0) * self.block_tokens * token_s
+
+    def too_slow(self, blocks: int) -> list[str]:
+        """Tiers from which no hit of that many blocks or fewer is worth waiting for: as latency and rate are what they
+        are, a shorter one is worth less."""
+        compute_s = self.compute_s(blocks)
+        if compute_s is None:
+            return []
+        return [tier for tier in self._tiers if (self.wait_s(tier, blocks) or 0.0) >= compute_s]
 
     # ---------------------------------------------------------------- the decision
 
@@ -133,11 +144,10 @@ class LoadOrCompute:
             held: where its blocks are. local: leading blocks that the engine has itself.
             ahead: blocks that were asked of each tier before. waited_s: how long these have been on their way.
         """
-        whole = sum(blocks for _, blocks in held)
-        token_s = self.prefill.token_s
+        whole, block_s = sum(blocks for _, blocks in held), self.compute_s(1)
         if whole <= local:
             return Choice(local, 0.0, 0.0, 0.0, known=True)
-        if token_s is None or not self._enabled:
+        if block_s is None:
             return Choice(whole, self._longest_s, 0.0, 0.0, known=False)
         best = free = Choice(local, 0.0, 0.0, 0.0, known=True)
         at, wait, known = 0, 0.0, True
@@ -150,7 +160,7 @@ class LoadOrCompute:
             took = self.wait_s(tier, asked[tier])
             known = known and took is not None
             wait = max(wait, (took or 0.0) - waited_s)
-            saved = (at - local) * self.block_tokens * token_s
+            saved = (at - local) * block_s
             load_s = wait + self._copy_s(at - local)
             if saved - load_s > best.compute_s - best.load_s:
                 best = Choice(at, self._limit(wait, saved - load_s + wait, free, known=known), load_s, saved, known)

@@ -283,8 +283,11 @@ class ClientSession:
             raise BusyError(f"{MAX_FETCHES} fetches are under way or not released")
         namespace, _ = self._known(message.root)
         started = time.perf_counter()
-        begin = manager.fetch if message.keep else manager.prefetch
-        fetch = begin(namespace, m.keys_of(message.keys), message.deadline_s, owner=self.number)
+        keys = m.keys_of(message.keys)
+        if message.keep:
+            fetch = manager.fetch(namespace, keys, message.deadline_s, owner=self.number, avoid=message.avoid)
+        else:
+            fetch = manager.prefetch(namespace, keys, message.deadline_s, owner=self.number)
         self._fetches[number] = fetch
         told_done = False
 

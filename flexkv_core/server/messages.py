@@ -117,13 +117,14 @@ class Lookup(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """Answers: `Progress`. `keep`: False for a prefetch."""
+    """Answers: `Progress`. `keep`: False for a prefetch. `avoid`: names of tiers that are not to be read."""
 
     id: int
     root: bytes
     keys: bytes
     deadline_s: float
     keep: bool
+    avoid: list[str] = []
 
 
 class Release(Message, frozen=True):
