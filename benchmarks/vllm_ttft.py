@@ -314,8 +314,9 @@ def offloading(bench: Benchmark, runs: Runs, none: Engine) -> None:
     try:
         engine = runs.engine("offloading", connector)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if "Error" in line]
-        print(f"OffloadingConnector does not run here: {lines[-1] if lines else error}", file=sys.stderr)
+        lines = [line for line in str(error).splitlines() if "Error: " in line or "Exception: " in line]
+        why = lines[-1].rsplit("]: ", 1)[-1] if lines else error
+        print(f"OffloadingConnector does not run here: {why}", file=sys.stderr)
         return
     figures = []
     for _ in range(runs.options.runs):

@@ -122,6 +122,8 @@ class Arrivals:
     def step(self) -> None:
         """A step is over: take note of what has come behind the requests."""
         self._first_until = None
+        if not self._behind:
+            return
         for tier, behind in list(self._behind.items()):
             if behind.fetch.done:
                 del self._behind[tier]

@@ -17,6 +17,8 @@ SPREAD = 0.25
 """Sizes whose deviation is less than this share of their mean do not tell a latency from a rate."""
 LEAST_S = 1e-9
 """Nothing takes less: estimates may be divided by."""
+EVERY = 8
+"""Of steps without a prompt, one of so many is measured: there are many, and all are delayed by it."""
 MOST_STEPS = 16
 """Steps of an engine that are under way at a time, at most."""
 
@@ -99,6 +101,7 @@ class PrefillSpeed:
         self._last_end = 0.0
         self._tokens = Proportional()
         self._rest = Proportional()
+        self._plain = 0
 
     def began(self, prompt_tokens: int, *, computes: bool) -> None:
         """A step begins, with so many tokens of prompts. `computes`: it has some token at all."""
@@ -112,12 +115,15 @@ class PrefillSpeed:
         began, tokens, computes = self._steps.popleft()
         seconds = now - max(began, self._last_end)
         self._last_end = now
-        rest = self._rest.per_unit or 0.0
         if not computes or seconds <= 0:
             return
         if not tokens:
-            self._rest.observe(1, seconds)
-        elif seconds >= 2 * rest:  # else what the prompts took is lost in the noise of the rest
+            if self._plain % EVERY == 0:
+                self._rest.observe(1, seconds)
+            self._plain += 1
+            return
+        rest = self._rest.per_unit or 0.0
+        if seconds >= 2 * rest:  # else what the prompts took is lost in the noise of the rest
             self._tokens.observe(tokens, seconds - rest)
 
     @property

@@ -59,6 +59,13 @@ class Ends:
     saved: set[str] = field(default_factory=set)
     revoked: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.loaded or self.failed or self.saved or self.revoked)
+
+
+NOTHING = Ends()
+"""What most steps have; not to be changed."""
+
 
 @dataclass(slots=True, eq=False)
 class _Store:
@@ -287,14 +294,18 @@ class SchedulerHalf:
         if self._loading and not output.total_num_scheduled_tokens:
             # Nothing else to do: leave the processor to the copies, rather than come again at once.
             self._client.wait(next(load for each in self._loading.values() if (load := each.load)), IDLE_WAIT_S)
-        else:
+        elif self._loading or self._finishing:
             self._client.pump()
-        self._end_loads()
+        if self._loading:
+            self._end_loads()
         for request_id in output.preempted_req_ids or ():
             self._preempted(request_id)
         self._store_due(output)
-        self._end_stores()
+        if self._finishing:
+            self._end_stores()
         self._arrivals.step()
+        if not self._ends:
+            return NOTHING
         ends, self._ends = self._ends, Ends()
         return ends
 
