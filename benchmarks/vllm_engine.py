@@ -35,8 +35,13 @@ def serve(engine: Any, prompts: list[list[int]], tokens: int) -> list[dict[str, 
     for number, prompt in enumerate(prompts, start):
         began[str(number)] = time.perf_counter()
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling.clone())
+    halves = [half for half in connectors(engine) if hasattr(half, "costs")]
+    inside = spent(halves)
     while engine.has_unfinished_requests():
-        for output in engine.step():
+        outputs = engine.step()
+        before, inside = inside, spent(halves)
+        step_s.append(inside - before)
+        for output in outputs:
             now = time.perf_counter()
             first.setdefault(output.request_id, now)
             last[output.request_id] = now
@@ -52,22 +57,31 @@ def serve(engine: Any, prompts: list[list[int]], tokens: int) -> list[dict[str, 
 
 
 serve.requests = 0  # type: ignore[attr-defined]
+step_s: list[float] = []
+"""Seconds inside the connector's hooks, by step, since the figures were asked for last."""
 
 
-def connectors(llm: Any) -> tuple[Any, Any]:
+def spent(halves: list[Any]) -> float:
+    return sum(cost.seconds for half in halves for cost in half.costs.values())
+
+
+def connectors(engine: Any) -> tuple[Any, Any]:
     """The connector's two halves; None where there is none. In this process, as the engine is."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group  # noqa: PLC0415
 
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    scheduler = engine.engine_core.engine_core.scheduler.connector
     return scheduler, get_kv_transfer_group() if has_kv_transfer_group() else None
 
 
 def figures(llm: Any) -> dict[str, Any]:
-    scheduler, worker = connectors(llm)
+    scheduler, worker = connectors(llm.llm_engine)
+    by_step = step_s.copy()
+    step_s.clear()
     if scheduler is None or not hasattr(scheduler, "costs"):
         return {}
     half = scheduler._scheduler
     return {
+        "step_s": by_step,
         "hooks": {
             side: {name: [cost.calls, cost.seconds] for name, cost in connector.costs.items()}
             for side, connector in (("scheduler", scheduler), ("worker", worker))
@@ -82,7 +96,7 @@ def main() -> None:
     from vllm import LLM  # noqa: PLC0415
 
     llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, **json.loads(sys.argv[2]))
-    connector, _ = connectors(llm)
+    connector, _ = connectors(llm.llm_engine)
     answer: Any = "ready"
     while True:
         print("@" + json.dumps(answer), flush=True)
