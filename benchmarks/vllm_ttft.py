@@ -258,7 +258,6 @@ def no_reuse(bench: Benchmark, runs: Runs, none: Engine, again: Engine, flexkv: 
     rate = BATCH * BATCH_OUTPUT
     bench.add_row("no reuse, throughput", {**runs.params, **params}, "tokens/s", [rate / ours for ours, _ in totals])
     for name, values in (("mean", means), ("p50", medians)):
-        name = f"no reuse, in our hooks a step, {name}"
         pairs = [(each, 150.0) for each in values]
         compare(bench, runs, f"no reuse, in our hooks a step, {name}", "us", pairs, LIMIT, **params)
 
