@@ -182,6 +182,13 @@ def test_what_was_asked_before_counts() -> None:
     assert made.choose(held, 0, ahead={"ssd": 20}, waited_s=10 * BLOCK_S).blocks == 10
 
 
+def test_what_the_engine_has_itself_is_fetched_all_the_same() -> None:
+    """A prefix comes from its first block on: a slow tier in front keeps what is behind it."""
+    made = with_paces(2 * BLOCK_S, 0)
+    assert made.choose([("ssd", 10), (HERE, 30)], 10).blocks == 40
+    assert made.choose([("ssd", 10), (HERE, 10)], 10).blocks == 10
+
+
 def test_a_copy_that_is_slower_than_computing_is_not_made() -> None:
     made = judge()
     assert made.choose([(HERE, 4)], 0).blocks == 4
@@ -365,8 +372,13 @@ def test_requests_that_wait_together_queue() -> None:
     rig = Rig()
     for blocks in (1, 16, 160):
         rig.judge.came("ssd", blocks, blocks * BLOCK_S / 3)
-    found = [rig.arrivals.found(rig.arrive(16, [("ssd", 16)])[0], 0) for _ in range(4)]
+    waiting = [rig.arrive(16, [("ssd", 16)]) for _ in range(4)]
+    found = [rig.arrivals.found(arrival, 0) for arrival, _ in waiting]
     assert found == [None, None, 0, 0], "the third would come after what it takes to compute it"
+    for number, (arrival, fetch) in enumerate(waiting[:2], 1):
+        fetch.tell(16, number * 16 * BLOCK_S / 3, done=True)
+        assert rig.arrivals.found(arrival, 0) == 16
+    assert rig.arrivals.found(rig.arrive(16, [("ssd", 16)])[0], 0) is None, "nobody is ahead any more"
 
 
 # ---------------------------------------------------------------- the server

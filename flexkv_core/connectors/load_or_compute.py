@@ -155,13 +155,11 @@ class LoadOrCompute:
         for tier, blocks in held:
             at += blocks
             asked[tier] = asked.get(tier, 0) + blocks
-            if at <= local:
-                continue
             took = self.wait_s(tier, asked[tier])
             known = known and took is not None
             wait = max(wait, (took or 0.0) - waited_s)
             saved = (at - local) * block_s
-            load_s = wait + self._copy_s(at - local)
+            load_s = wait + self._copy_s(max(at - local, 0))
             if saved - load_s > best.compute_s - best.load_s:
                 best = Choice(at, self._limit(wait, saved - load_s + wait, free, known=known), load_s, saved, known)
             if wait == 0.0 and known:
