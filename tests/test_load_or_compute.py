@@ -177,9 +177,9 @@ def test_what_was_asked_before_counts() -> None:
     made = with_paces(BLOCK_S / 2, 0)
     held = [("ssd", 10)]
     assert made.choose(held, 0).blocks == 10
-    assert made.choose(held, 0, ahead={"ssd": 9}).blocks == 10
+    assert made.choose(held, 0, ahead={"ssd": 4}).blocks == 10
     assert made.choose(held, 0, ahead={"ssd": 20}).blocks == 0
-    assert made.choose(held, 0, ahead={"ssd": 20}, waited_s=10 * BLOCK_S).blocks == 10
+    assert made.choose(held, 0, ahead={"ssd": 20}, waited_s=15 * BLOCK_S).blocks == 10
 
 
 def test_what_the_engine_has_itself_is_fetched_all_the_same() -> None:
@@ -317,6 +317,10 @@ def test_the_wait_for_a_tier_that_nothing_is_known_of_is_bounded() -> None:
     assert rig.arrivals.found(arrival, 0) == 4, "the part that is in host memory"
     assert fetch.why == "cancelled"
     assert [each.keep for each in rig.client.fetches] == [True, True, False]
+    rig.judge.prefill.began(1000, computes=True)
+    rig.clock.now += 1100 * TOKEN_S  # as the machine happens to be
+    rig.judge.prefill.ended()
+    assert rig.judge.too_slow(16) == ["ssd"], "once is enough"
     decisions = rig.judge.decisions
     assert (decisions.gave_up, decisions.cut, decisions.probes) == (1, 1, 1)
     assert (decisions.taken_tokens, decisions.left_tokens) == (4 * TOKENS, 16 * TOKENS)

@@ -23,6 +23,9 @@ HERE = ""
 Held = Sequence[tuple[str, int]]
 """A prefix by where it is: (tier, blocks), from its first block on."""
 
+CAUTION = 4 / 3
+"""Waits count for so many times what is expected: what is as slow as computing, give or take, is computed, since a wait
+in vain costs as much as one that was worth it saves."""
 PATIENCE = 4.0
 """A wait may take so many times what was expected."""
 UNKNOWN_SHARE = 0.5
@@ -131,7 +134,7 @@ class LoadOrCompute:
         compute_s = self.compute_s(blocks)
         if compute_s is None:
             return []
-        return [tier for tier in self._tiers if (self.wait_s(tier, blocks) or 0.0) >= compute_s]
+        return [tier for tier in self._tiers if CAUTION * (self.wait_s(tier, blocks) or 0.0) >= compute_s]
 
     # ---------------------------------------------------------------- the decision
 
@@ -157,7 +160,7 @@ class LoadOrCompute:
             asked[tier] = asked.get(tier, 0) + blocks
             took = self.wait_s(tier, asked[tier])
             known = known and took is not None
-            wait = max(wait, (took or 0.0) - waited_s)
+            wait = max(wait, CAUTION * (took or 0.0) - waited_s)
             saved = (at - local) * block_s
             load_s = wait + self._copy_s(max(at - local, 0))
             if saved - load_s > best.compute_s - best.load_s:
