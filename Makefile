@@ -38,7 +38,7 @@ mutants: $(VENV)/.test ## Break the native index in many ways: each must turn th
 	$(BIN)/python tests/mutants/run.py
 
 bench: $(VENV)/.test ## All benchmarks, figures in out/benchmarks.json
-	for b in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
+	for b in $(filter-out benchmarks/harness.py benchmarks/vllm_%,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$b --json out/benchmarks.json || exit 1; done
 
 clean: ## Remove what set-up and builds have made

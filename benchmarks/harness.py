@@ -126,7 +126,7 @@ class Benchmark:
         arguments = parser.parse_args(argv)
         for part in self._parts:
             part(self)
-        _print(self.rows, f"{self.name}: {machine()}")
+        print_rows(self.rows, f"{self.name}: {machine()}")
         if arguments.json:
             self.write(arguments.json)
         return 0
@@ -154,7 +154,7 @@ def machine() -> str:
     return f"{model}, Python {platform.python_version()}{numpy}"
 
 
-def _print(rows: Sequence[Row], title: str) -> None:
+def print_rows(rows: Sequence[Row], title: str) -> None:
     """Print the figures as a table, and below it, once each, what they were compared with."""
     references = list(dict.fromkeys(row.reference for row in rows if row.reference))
     table = Table(title=title)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 
 from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.handles import Fetch
 from flexkv_core.index import Keys
 from flexkv_core.planner import Planner
-from flexkv_core.plans import Move
+from flexkv_core.plans import HOST, Move
 from flexkv_core.scheduler import Scheduler
 
 logger = logging.getLogger("flexkv.fetch")
@@ -50,17 +51,23 @@ class Fetches:
         """How many are not released. Any thread."""
         return len(self._pinned)
 
-    def start(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int) -> Fetch:
-        """Begin a fetch; `keep`: somebody waits for it and will release it; `owner`: see `Move`. Any thread."""
+    def start(
+        self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int, avoid: Sequence[str] = ()
+    ) -> Fetch:
+        """Begin a fetch; `keep`: somebody waits for it and will release it; `owner`: see `Move`; `avoid`: tiers that
+        are not to be read. Any thread."""
         fetch = Fetch(lambda fetch: self._scheduler.call(self.release, fetch, "released"), keep=keep)
         self._waiting.add(fetch)
-        self._scheduler.call(self._begin, fetch, root, keys, deadline_s, owner)
+        self._scheduler.call(self._begin, fetch, root, keys, deadline_s, owner, avoid)
         return fetch
 
-    def _begin(self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float, owner: int) -> None:
+    def _begin(
+        self, fetch: Fetch, root: bytes, keys: Keys, deadline_s: float, owner: int, avoid: Sequence[str]
+    ) -> None:
+        avoided = [tier.number for tier in self._planner.tiers if tier.name in avoid]
         try:
             with self._lock:
-                fetch.plan = self._planner.begin_fetch(root, keys)
+                fetch.plan = self._planner.begin_fetch(root, keys, avoided)
                 if fetch.plan.blocks < len(keys) and not fetch.plan.truncated:
                     self._scheduler.probing.want(root, keys, fetch.plan.blocks)  # for whoever comes next
         except Exception as error:
@@ -81,8 +88,13 @@ class Fetches:
             loop.call_later(deadline_s, self._finish, fetch),
             loop.call_later(max(deadline_s, self._pin_limit_s), self._expire, fetch),
         ]
+        fetch.held = [
+            ("" if number == HOST else self._planner.tiers[number].name, blocks) for number, blocks in fetch.plan.found
+        ]
         self._update(fetch)
         if not fetch.done:
+            if not fetch.ready:
+                fetch.changed()  # who waits for it learns where its blocks are
             self._scheduler.reading.submit(fetch.plan, urgent=fetch.keep)
 
     def _refresh(self, move: Move) -> None:

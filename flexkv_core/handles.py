@@ -36,6 +36,8 @@ class Fetch:
         ready: leading blocks verified and pinned; grows until `done`.
         done: nothing more will come (complete, failed in part, past the deadline, cancelled).
         sources: after `done`, tier name -> leading blocks that came from it.
+        held: where its blocks were when it began, once that is known: (tier name, blocks), from the first block on;
+            "" stands for host memory. Empty where all of them were in host memory.
         released: its pins are gone, or go when its last load ends; `why` says what took them: "released",
             "cancelled", "expired" (kept beyond the time limit), "reset" (of its namespace) or "refused" (the log says
             why it could not be planned); "" before.
@@ -46,6 +48,7 @@ class Fetch:
         "_release",
         "_watcher",
         "done",
+        "held",
         "keep",
         "loads",
         "plan",
@@ -60,6 +63,7 @@ class Fetch:
         self.ready = 0
         self.done = False
         self.sources: dict[str, int] = {}
+        self.held: list[tuple[str, int]] = []
         self.plan: FetchPlan | None = None
         self.loads = 0
         self.released = False

@@ -257,7 +257,13 @@ class KVCacheManager:
         return Lookup(blocks, host_blocks, pending)
 
     def fetch(
-        self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
+        self,
+        namespace: Namespace,
+        keys: Keys,
+        deadline_s: float = DEFAULT_FETCH_DEADLINE_S,
+        *,
+        owner: int = 0,
+        avoid: Sequence[str] = (),
     ) -> Fetch:
         """Bring the longest held prefix into host memory, verified, and pin it there until `Fetch.release`.
 
@@ -269,8 +275,9 @@ class KVCacheManager:
         It brings what is known to be held when it begins, and waits for no probe: look up first, while `pending`.
 
         `owner`: a number for whoever asks, where several share this manager: reads and writes of owners take turns.
+        `avoid`: names of tiers that are not to be read, because computing is faster, say.
         """
-        return self._fetch(namespace.root, keys, deadline_s, keep=True, owner=owner)
+        return self._fetch(namespace.root, keys, deadline_s, keep=True, owner=owner, avoid=avoid)
 
     def prefetch(
         self, namespace: Namespace, keys: Keys, deadline_s: float = DEFAULT_FETCH_DEADLINE_S, *, owner: int = 0
@@ -281,12 +288,14 @@ class KVCacheManager:
         """
         return self._fetch(namespace.root, keys, deadline_s, keep=False, owner=owner)
 
-    def _fetch(self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int) -> Fetch:
+    def _fetch(
+        self, root: bytes, keys: Keys, deadline_s: float, *, keep: bool, owner: int, avoid: Sequence[str] = ()
+    ) -> Fetch:
         self._check_open()
         keys = checked_keys(keys)
         with self._lock:
             self._namespaces.used(root)
-            return self._fetches.start(root, keys, seconds(deadline_s), keep=keep, owner=owner)
+            return self._fetches.start(root, keys, seconds(deadline_s), keep=keep, owner=owner, avoid=avoid)
 
     # ---------------------------------------------------------------- copies
 

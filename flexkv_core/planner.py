@@ -114,15 +114,21 @@ class Planner:
 
     # ---------------------------------------------------------------- fetch
 
-    def begin_fetch(self, root: bytes, keys: Keys) -> FetchPlan:
-        """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots."""
+    def begin_fetch(self, root: bytes, keys: Keys, avoid: Sequence[int] = ()) -> FetchPlan:
+        """Pin what host memory holds of the prefix, and plan reads for the rest into newly booked slots.
+
+        `avoid`: tiers that are not to be read: the prefix ends before the first block that only they have.
+        """
         model = self._ledger.model(root)
         model.plans += 1
         asked = len(keys)
         sources, slots = self._ledger.reachable(model, root, keys)
-        held = covered_prefix(sources != NOWHERE, model.coverages)
-        blocks = self._within_budget(model, keys, sources[:, :held], slots[:, :held])
-        self.truncated_fetches += blocks < held
+        held = wanted = covered_prefix(sources != NOWHERE, model.coverages)
+        found = _runs(sources[:, :held], needed(model.coverages, held)) if (sources[:, :held] > HOST).any() else []
+        if avoid:
+            wanted = covered_prefix((sources != NOWHERE) & ~np.isin(sources, avoid), model.coverages)
+        blocks = self._within_budget(model, keys, sources[:, :wanted], slots[:, :wanted])
+        self.truncated_fetches += blocks < wanted
         keys, sources, slots = keys[:blocks], sources[:, :blocks].copy(), slots[:, :blocks]
         want = needed(model.coverages, blocks)
         plan = FetchPlan(
@@ -139,6 +145,7 @@ class Planner:
             sources,
             truncated=blocks < held,
             asked=asked,
+            found=found,
         )
         self._ledger.touch(model, root, keys)
         for group in range(len(model.groups)):
@@ -380,3 +387,10 @@ class Planner:
         self._ledger.host_pool.free(plan.slots)
         self._ledger.unpin_host(plan.root, plan.keys, plan.kept)
         self._ledger.end_plan(plan.root, plan.epoch)
+
+
+def _runs(sources: npt.NDArray[np.int16], needed: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(tier, blocks) along a path; (groups, n) arrays: where blocks are, which are needed at all."""
+    slowest = np.where(needed, sources, HOST).max(axis=0, initial=HOST)
+    ends = np.append(np.flatnonzero(np.diff(slowest)) + 1, len(slowest))
+    return list(zip(slowest[ends - 1].tolist(), np.diff(ends, prepend=0).tolist(), strict=True))

@@ -134,7 +134,9 @@ class FetchPlan:
         sources: (groups, blocks) int16: the stack's tier that each needed block was found in, -1 for none.
         reads: moves to start; the planner has allocated their host slots.
         open: False once nothing more may be pinned for it (deadline, release).
-        truncated: the prefix was held further than the budget of pins allows.
+        truncated: the prefix was held further than the budget of pins, or the caller, allows.
+        found: (tier, blocks) along all of the held prefix: the slowest tier that a block would come from. Empty where
+            all of it is in host memory.
         counted: its blocks are hits: somebody will use them. False for a prefetch.
         asked: blocks that it was asked for; those that it does not supply are misses.
         epoch: of the namespace's registration.
@@ -156,6 +158,7 @@ class FetchPlan:
     truncated: bool = False
     counted: bool = True
     asked: int = 0
+    found: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)

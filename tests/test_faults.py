@@ -44,6 +44,11 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Figures], bool
         {"breaker": {"failures": 2, "slow_s": 0.01}},
         lambda f: f["breaker"]["opened"] > 0 and "took" in f["breaker"]["last_trouble"],
     ),
+    "rate": (
+        {"rate": 400_000, "operations": ["read"]},
+        {"breaker": {"failures": 2, "slow_s": 0.01}},
+        lambda f: f["breaker"]["opened"] > 0 and "took" in f["breaker"]["last_trouble"],
+    ),
     "hang in read": (
         {"hang": 1.0, "operations": ["read"]},
         {"deadline_s": 0.3},

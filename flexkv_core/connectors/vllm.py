@@ -10,7 +10,7 @@ this class (`vllm_plugin.py`, `vllm_in_tree.py`). See docs/vllm.md.
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from flexkv_core.connectors.hooks import Cost, timed
 from flexkv_core.connectors.vllm_config import connector_config
 from flexkv_core.connectors.vllm_model import model_spec, world_of
 from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
@@ -31,6 +32,7 @@ from flexkv_core.errors import FlexKVError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -49,12 +51,17 @@ class FlexKVMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 
 class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """See the module's docstring. A connector that cannot work is one that finds nothing: it says why, once."""
+    """See the module's docstring. A connector that cannot work is one that finds nothing: it says why, once.
+
+    Attributes:
+        costs: of the hooks that do something.
+    """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self.costs: dict[str, Cost] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerHalf(kv_cache_config)
         try:
@@ -76,7 +83,12 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         for warning in config.loaded.warnings:
             logger.warning("%s", warning)
-        self._scheduler = SchedulerHalf(config.client(engine), spec, fetch_s=config.keys.fetch_s)
+        self._scheduler = SchedulerHalf(
+            config.client(engine),
+            spec,
+            fetch_s=config.keys.fetch_s,
+            load_or_compute=config.keys.load_or_compute,
+        )
 
     def _engine_name(self) -> str:
         parallel = self._vllm_config.parallel_config
@@ -107,11 +119,13 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             except FlexKVError as error:
                 logger.error("FlexKV caches nothing for this engine: %s", error)
 
+    @timed
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None and isinstance(connector_metadata, FlexKVMetadata):
             self._worker.bind(connector_metadata.ends)
 
+    @timed
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, FlexKVMetadata):
             self._worker.revoke(kv_connector_metadata.ends)
@@ -130,12 +144,14 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         """No step waits for a store."""
 
+    @timed
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
         saved, loaded, _ = self._worker.finished()
         return saved, loaded
 
+    @timed
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
             return KVConnectorTransferResults()
@@ -149,31 +165,40 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.bind(kv_cache_manager)
 
+    @timed
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
             self._scheduler.on_new_request(request)
 
+    @timed
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
         found = self._scheduler.matched_tokens(request, num_computed_tokens)
         return found, bool(found)
 
+    @timed
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if self._scheduler is not None:
             self._scheduler.after_alloc(request, blocks, num_external_tokens)
 
+    @timed
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> FlexKVMetadata:
         if self._scheduler is None:
             return FlexKVMetadata()
-        began = time.perf_counter()
-        ends = self._scheduler.step(scheduler_output)
-        self._scheduler.counts.hook_seconds += time.perf_counter() - began
-        return FlexKVMetadata(ends)
+        return FlexKVMetadata(self._scheduler.step(scheduler_output))
+
+    @timed
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """vLLM calls it when a step's output has been processed."""
+        if self._scheduler is not None:
+            self._scheduler.step_ended()
+        return ()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
 
+    @timed
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:

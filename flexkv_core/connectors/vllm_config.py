@@ -40,6 +40,7 @@ class ConnectorKeys(BaseModel):
         socket: the server's; None: FLEXKV_SERVER_RECV_PORT, else a private path of this user's.
         fetch_s: how long a request waits for blocks of lower tiers, at most.
         call_s: how long a call of the scheduler waits for the server, at most.
+        load_or_compute: take no more of a hit than saves time; False: all of it, however slow its tier.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -48,6 +49,7 @@ class ConnectorKeys(BaseModel):
     socket: str | None = None
     fetch_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     call_s: Annotated[float, Field(gt=0, le=60)] = 0.2
+    load_or_compute: bool = True
 
 
 @dataclass(frozen=True, slots=True)

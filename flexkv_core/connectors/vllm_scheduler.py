@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.blocks import GrowingKeys, Namespace
+from flexkv_core.connectors.arrivals import Arrival, Arrivals
+from flexkv_core.connectors.load_or_compute import LoadOrCompute
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
 from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
 from flexkv_core.layout import ModelSpec
-from flexkv_core.server import Client, ClientFetch, ClientTransfer
+from flexkv_core.server import Client, ClientTransfer
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flexkv.vllm")
 
-FIRST_WAIT_S = 0.0003
-"""What host memory takes to answer: a request that finds all there is scheduled in the same step."""
 STORE_BLOCKS = 8
 """A decoding request stores so many blocks at a time."""
+IDLE_WAIT_S = 0.001
+"""An engine that has nothing to compute waits so long for a load, a step."""
 STORE_S = 10.0
 """A finished request's blocks are held for its stores no longer than this."""
 REGISTER_AGAIN_S = 1.0
@@ -60,6 +62,13 @@ class Ends:
     saved: set[str] = field(default_factory=set)
     revoked: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.loaded or self.failed or self.saved or self.revoked)
+
+
+NOTHING = Ends()
+"""What most steps have; not to be changed."""
+
 
 @dataclass(slots=True, eq=False)
 class _Store:
@@ -73,8 +82,11 @@ class _Tracked:
 
     Attributes:
         keys: of its prefix, extended as it grows; epoch: which reset of the engine they belong to.
+        arrival: its hit, until it is loaded or given up.
         matched: blocks that were promised last. local: tokens that vLLM had itself then.
         load_failed: it is computed: the next load would fail as this one did.
+        load_began, load_step: when its load began, and how many steps had computed something then.
+        due: some later step looks whether it has blocks to store.
         stored: leading blocks that are, or are being, cached.
     """
 
@@ -82,13 +94,15 @@ class _Tracked:
     namespace: Namespace
     keys: GrowingKeys
     epoch: int
-    fetch: ClientFetch | None = None
-    give_up_at: float = 0.0
+    arrival: Arrival | None = None
     matched: int = 0
     local: int = 0
     load: ClientTransfer | None = None
     load_tag: str = ""
     load_failed: bool = False
+    load_began: float = 0.0
+    load_step: int = 0
+    due: bool = False
     stored: int = 0
     stores: list[_Store] = field(default_factory=list)
 
@@ -104,7 +118,6 @@ class Counts:
     stores: int = 0
     stored_blocks: int = 0
     failed_stores: int = 0
-    hook_seconds: float = 0.0
 
 
 class SchedulerHalf:
@@ -113,15 +126,23 @@ class SchedulerHalf:
     Args:
         spec: of the engine's model.
         fetch_s: how long a request waits for blocks of lower tiers, at most.
+        load_or_compute: take of a hit only what is faster than computing it.
     """
 
-    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float) -> None:
+    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float, load_or_compute: bool = True) -> None:
         self._client = client
         self._spec = spec
         self._namespaces = Namespaces(spec)
         self._registered: dict[ModelSpec, Namespace] = {}
         self._retry_at: dict[ModelSpec, float] = {}
-        self._fetch_s = fetch_s
+        self.judge = LoadOrCompute(
+            spec.block_size,
+            sum(group.block_bytes for group in spec.groups),
+            longest_s=fetch_s,
+            clock=time.monotonic,
+            enabled=load_or_compute,
+        )
+        self._arrivals = Arrivals(client, self.judge, fetch_s=fetch_s, clock=time.monotonic)
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Tracked] = {}
         self._finishing: dict[str, tuple[_Tracked, float]] = {}
@@ -129,6 +150,9 @@ class SchedulerHalf:
         self._ends = Ends()
         self._epoch = 0
         self._transfers = 0
+        self._steps = self._busy_steps = 0
+        self._most_tokens = 1  # that a step gives a request whose prompt is computed
+        self._due: dict[int, list[_Tracked]] = {}  # by step
         self.counts = Counts()
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -200,10 +224,15 @@ class SchedulerHalf:
         self._extend(tracked, blocks * size)
         if blocks:
             try:
-                tracked.fetch = self._client.fetch(tracked.namespace, tracked.keys.keys[:blocks], self._fetch_s)
+                tracked.arrival = self._arrivals.begin(tracked.namespace, tracked.keys.keys[:blocks])
             except UnknownNamespaceError:
                 self._registered.pop(self._namespaces.spec_of(request), None)
-            tracked.give_up_at = time.monotonic() + self._fetch_s
+
+    def _let_go(self, tracked: _Tracked) -> None:
+        """Unpin its hit."""
+        if tracked.arrival is not None:
+            self._arrivals.end(tracked.arrival)
+            tracked.arrival = None
 
     def matched_tokens(self, request: Request, computed: int) -> int | None:
         """Tokens beyond `computed` that can be loaded; None: ask again, a fetch is under way."""
@@ -212,30 +241,20 @@ class SchedulerHalf:
         tracked = self._track(request)
         if tracked is None or tracked.load is not None or tracked.load_failed:
             return 0
-        if tracked.fetch is None or tracked.fetch.released:
+        if tracked.arrival is None or tracked.arrival.fetch.released:
+            self._let_go(tracked)
             self._fetch(tracked)
-            if tracked.fetch is None:
+            if tracked.arrival is None:
                 return 0
-        return self._found(tracked, tracked.fetch, computed)
-
-    def _found(self, tracked: _Tracked, fetch: ClientFetch, computed: int) -> int | None:
-        size = self._spec.block_size
-        if not fetch.done:
-            now = time.monotonic()
-            waited = now > tracked.give_up_at - self._fetch_s + FIRST_WAIT_S
-            if not (waited or fetch.wait(FIRST_WAIT_S)) or not fetch.done:
-                if now < tracked.give_up_at:
-                    return None
-                self._client.cancel(fetch)  # a server that keeps silent
-                tracked.fetch = None
-                return 0
-        tracked.matched, tracked.local = fetch.ready, computed
-        extra = fetch.ready * size - computed
+        blocks = self._arrivals.found(tracked.arrival, computed // self._spec.block_size)
+        if blocks is None:
+            return None
+        tracked.matched, tracked.local = blocks, computed
+        extra = blocks * self._spec.block_size - computed
         if extra <= 0:
-            fetch.release()
-            tracked.fetch, tracked.matched = None, 0
-            return 0
-        return extra
+            self._let_go(tracked)
+            tracked.matched = 0
+        return max(extra, 0)
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """vLLM has given the request its device blocks: load into them."""
@@ -243,13 +262,11 @@ class SchedulerHalf:
         if tracked is None or tracked.load is not None:
             return
         if external <= 0:
-            if tracked.fetch is not None:
-                tracked.fetch.release()
-                tracked.fetch = None
+            self._let_go(tracked)
             return
         size = self._spec.block_size
         first, last = tracked.local // size, (tracked.local + external) // size
-        fetch = tracked.fetch
+        fetch = tracked.arrival.fetch if tracked.arrival is not None else None
         tracked.load_tag = self._tag(request)
         if fetch is None or fetch.ready < last:  # it was lost since: the workers say so
             self._ends.failed[request.request_id] = tracked.load_tag
@@ -258,6 +275,7 @@ class SchedulerHalf:
             return
         table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
         tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
+        tracked.load_began, tracked.load_step = time.monotonic(), self._busy_steps
         self._loading[request.request_id] = tracked
         self.counts.loads += 1
         self.counts.hit_tokens += external
@@ -278,24 +296,71 @@ class SchedulerHalf:
 
     def step(self, output: SchedulerOutput) -> Ends:
         """Store what has been computed since; return what has ended, for the workers."""
-        self._end_loads()
+        self._begin_step(output)
+        if self._loading and not output.total_num_scheduled_tokens:
+            # Nothing else to do: leave the processor to the copies, rather than come again at once.
+            self._client.wait(next(load for each in self._loading.values() if (load := each.load)), IDLE_WAIT_S)
+        elif self._loading or self._finishing:
+            self._client.pump()
+        if self._loading:
+            self._end_loads()
         for request_id in output.preempted_req_ids or ():
             self._preempted(request_id)
-        for request_id in output.num_scheduled_tokens:
-            tracked = self._tracked.get(request_id)
-            if tracked is not None and tracked.load is None:
-                self._store(tracked, STORE_BLOCKS)
-        self._end_stores()
+        self._store_due(output)
+        if self._finishing:
+            self._end_stores()
+        self._arrivals.step()
+        if not self._ends:
+            return NOTHING
         ends, self._ends = self._ends, Ends()
         return ends
+
+    def _begin_step(self, output: SchedulerOutput) -> None:
+        """Note what the engine is going to compute."""
+        scheduled, total = output.num_scheduled_tokens, output.total_num_scheduled_tokens
+        drafts = output.scheduled_spec_decode_tokens
+        if drafts:
+            self._most_tokens = max(self._most_tokens, 1 + max(map(len, drafts.values())))
+        prompt_tokens = 0
+        if total > len(scheduled):
+            prompt_tokens = sum(n for key, n in scheduled.items() if n > 1 + len(drafts.get(key, ())))
+        self._steps += 1
+        self._busy_steps += total > 0
+        self.judge.prefill.began(prompt_tokens, computes=total > 0)
+
+    def step_ended(self) -> None:
+        """The oldest step that was begun has ended."""
+        self.judge.prefill.ended()
+
+    def _store_due(self, output: SchedulerOutput) -> None:
+        """Look at those requests that may have filled enough blocks by now, and not at all that run."""
+        for new in output.scheduled_new_reqs:
+            tracked = self._tracked.get(new.req_id)
+            if tracked is not None and not tracked.due:
+                tracked.due = True
+                self._due.setdefault(self._steps + 1, []).append(tracked)
+        for tracked in self._due.pop(self._steps, ()):
+            request = tracked.request
+            if self._tracked.get(request.request_id) is not tracked:
+                continue
+            wait = 1
+            if tracked.load is None and request.request_id in output.num_scheduled_tokens:
+                self._store(tracked, STORE_BLOCKS)
+                computed = request.num_computed_tokens - request.num_in_flight_tokens
+                if computed >= request.num_prompt_tokens:
+                    missing = (tracked.stored + STORE_BLOCKS) * self._spec.block_size - computed
+                    wait = max(1, -(-missing // self._most_tokens))
+            self._due.setdefault(self._steps + wait, []).append(tracked)
 
     def _end_loads(self) -> None:
         for request_id, tracked in list(self._loading.items()):
             load = tracked.load
-            if load is None or not load.done:
+            if load is None or not load.ended:
                 continue
             del self._loading[request_id]
             if load.error is None:
+                if tracked.load_step == self._busy_steps:  # else what it took is what the engine's steps took
+                    self.judge.copied(load.blocks, time.monotonic() - tracked.load_began)
                 tracked.stored = max(tracked.stored, tracked.matched)
                 self._ends.loaded.add(request_id)
             else:
@@ -304,9 +369,7 @@ class SchedulerHalf:
                 self._ends.failed[request_id] = tracked.load_tag
                 tracked.load_failed = True
             tracked.load = None
-            if tracked.fetch is not None:
-                tracked.fetch.release()
-                tracked.fetch = None
+            self._let_go(tracked)
 
     def _preempted(self, request_id: str) -> None:
         """Its device blocks are another's from this step on: copies of them must have ended before."""
@@ -361,9 +424,7 @@ class SchedulerHalf:
         if tracked.load is not None:  # vLLM holds its blocks until the load has ended
             self._client.cancel(tracked.load)
             return False
-        if tracked.fetch is not None:
-            tracked.fetch.release()
-            tracked.fetch = None
+        self._let_go(tracked)
         self._store(tracked, 1, device_blocks)
         if not any(not store.transfer.done for store in tracked.stores):
             return False
@@ -373,7 +434,7 @@ class SchedulerHalf:
     def _end_stores(self) -> None:
         now = time.monotonic()
         for request_id, (tracked, until) in list(self._finishing.items()):
-            pending = [store for store in tracked.stores if not store.transfer.done]
+            pending = [store for store in tracked.stores if not store.transfer.ended]
             if pending and now < until:
                 continue
             self.counts.failed_stores += sum(store.transfer.error is not None for store in tracked.stores)
@@ -398,14 +459,14 @@ class SchedulerHalf:
                 logger.warning("a namespace is registered anew: %s", error)
                 del self._registered[spec]
         for tracked in self._tracked.values():
-            if tracked.fetch is not None and tracked.load is None:
-                tracked.fetch.release()
-                tracked.fetch = None
+            if tracked.load is None:
+                self._let_go(tracked)
 
     def figures(self) -> Mapping[str, Any]:
         """Counts, and the client's own."""
         counts = {name: getattr(self.counts, name) for name in Counts.__slots__}
-        return {**counts, **{f"client_{name}": value for name, value in self._client.figures().items()}}
+        choices = {f"choice_{name}": value for name, value in self.judge.figures().items()}
+        return {**counts, **choices, **{f"client_{name}": value for name, value in self._client.figures().items()}}
 
     def close(self) -> None:
         self._client.close()

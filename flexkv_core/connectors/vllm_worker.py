@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flexkv.vllm")
 
+NONE: set[str] = set()
+"""Of requests; not to be changed."""
+
 
 class WorkerHalf:
     """See the module's docstring. One that copies nothing still tells vLLM what has ended: no request waits for it."""
@@ -68,6 +71,8 @@ class WorkerHalf:
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """(saved, loaded, failed) requests; those that failed are among the loaded too, as vLLM wants it."""
+        if not self._ends:
+            return NONE, NONE, NONE
         ends, self._ends = self._ends, Ends()
         self.revoke(ends)
         for tag in ends.failed.values():

@@ -289,15 +289,19 @@ class Client:
                 return Lookup(answer.blocks, answer.host_blocks, answer.pending)
         return Lookup(0, 0, pending=False)
 
-    def fetch(self, namespace: Namespace, keys: Keys, deadline_s: float = FETCH_DEADLINE_S) -> ClientFetch:
+    def fetch(
+        self, namespace: Namespace, keys: Keys, deadline_s: float = FETCH_DEADLINE_S, *, avoid: Sequence[str] = ()
+    ) -> ClientFetch:
         """As `KVCacheManager.fetch`; done with nothing while the server is away."""
-        return self._start(namespace, keys, deadline_s, keep=True)
+        return self._start(namespace, keys, deadline_s, keep=True, avoid=avoid)
 
     def prefetch(self, namespace: Namespace, keys: Keys, deadline_s: float = FETCH_DEADLINE_S) -> ClientFetch:
         """As `KVCacheManager.prefetch`."""
         return self._start(namespace, keys, deadline_s, keep=False)
 
-    def _start(self, namespace: Namespace, keys: Keys, deadline_s: float, *, keep: bool) -> ClientFetch:
+    def _start(
+        self, namespace: Namespace, keys: Keys, deadline_s: float, *, keep: bool, avoid: Sequence[str] = ()
+    ) -> ClientFetch:
         self._check()
         keys, deadline_s = checked_keys(keys), seconds(deadline_s)
         limit = time.monotonic() + max(deadline_s + FETCH_GRACE_S, self._deadline_s)
@@ -306,7 +310,7 @@ class Client:
             fetch.end("server")
             return fetch
         with self._channel.changed:
-            if self._take(m.Fetch(fetch.number, namespace.root, keys.tobytes(), deadline_s, keep)):
+            if self._take(m.Fetch(fetch.number, namespace.root, keys.tobytes(), deadline_s, keep, list(avoid))):
                 self._fetches[fetch.number] = fetch
             else:
                 fetch.end("refused" if self._channel.state == "open" else "server")

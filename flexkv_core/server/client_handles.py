@@ -33,6 +33,10 @@ class ClientFetch:
 
     `why` may also be "server": it went away, and the pins with it, or it was silent at the fetch's `limit`, a time of
     the monotonic clock.
+
+    Attributes:
+        held: as of `Fetch`, as far as has been read; `steps` likewise: (ready blocks, seconds since it began on the
+            server's clock) whenever there were more.
     """
 
     def __init__(self, client: Waiter, number: int, root: bytes, limit: float) -> None:
@@ -44,6 +48,8 @@ class ClientFetch:
         self._done = False
         self._sources: dict[str, int] = {}
         self._why = ""
+        self.held: list[tuple[str, int]] = []
+        self.steps: list[tuple[int, float]] = []
 
     @property
     def ready(self) -> int:
@@ -97,6 +103,9 @@ class ClientFetch:
         self._why = self._why or why
 
     def take(self, message: m.Progress) -> None:
+        if not self._done:
+            self.held = message.held
+            self.steps.append((message.ready, message.seconds))
         self._ready, self._done, self._sources = message.ready, message.done, message.sources
         self._why = self._why or message.why
 

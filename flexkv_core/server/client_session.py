@@ -283,20 +283,24 @@ class ClientSession:
             raise BusyError(f"{MAX_FETCHES} fetches are under way or not released")
         namespace, _ = self._known(message.root)
         started = time.perf_counter()
-        begin = manager.fetch if message.keep else manager.prefetch
-        fetch = begin(namespace, m.keys_of(message.keys), message.deadline_s, owner=self.number)
+        keys = m.keys_of(message.keys)
+        if message.keep:
+            fetch = manager.fetch(namespace, keys, message.deadline_s, owner=self.number, avoid=message.avoid)
+        else:
+            fetch = manager.prefetch(namespace, keys, message.deadline_s, owner=self.number)
         self._fetches[number] = fetch
         told_done = False
 
         def tell(fetch: handles.Fetch) -> None:
             nonlocal told_done
+            took = time.perf_counter() - started
             if fetch.done and not told_done:
                 told_done = True
                 if message.keep:
-                    self._shell.observe("fetch", time.perf_counter() - started)
+                    self._shell.observe("fetch", took)
             if self._fetches.get(number) is not fetch:
                 return
-            self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why))
+            self._send(m.Progress(number, fetch.ready, fetch.done, fetch.sources, fetch.why, fetch.held, took))
             if fetch.done and not fetch.ready:
                 fetch.release()  # there is nothing to load: it holds nothing
             if fetch.done and (fetch.released or not fetch.ready):

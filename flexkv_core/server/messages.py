@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flexkv_core.framing import WireError, framed
 from flexkv_core.layout import ModelSpec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows with every change of these messages: both sides must speak the same."""
 MAX_MESSAGE_BYTES = 32 << 20
 """Keys of half a million blocks, with their device blocks, fit."""
@@ -117,13 +117,14 @@ class Lookup(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """Answers: `Progress`. `keep`: False for a prefetch."""
+    """Answers: `Progress`. `keep`: False for a prefetch. `avoid`: names of tiers that are not to be read."""
 
     id: int
     root: bytes
     keys: bytes
     deadline_s: float
     keep: bool
+    avoid: list[str] = []
 
 
 class Release(Message, frozen=True):
@@ -206,13 +207,16 @@ class Found(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """As `flexkv_core.handles.Fetch`: `ready` has grown, it is done, or its pins are gone (`why`)."""
+    """As `flexkv_core.handles.Fetch`: it is known where its blocks are (`held`), `ready` has grown, it is done, or its
+    pins are gone (`why`). `seconds`: since it began."""
 
     id: int
     ready: int
     done: bool
     sources: dict[str, int]
     why: str
+    held: list[tuple[str, int]]
+    seconds: float
 
 
 class Moved(Message, frozen=True):

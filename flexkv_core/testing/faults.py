@@ -49,6 +49,7 @@ class FaultConfig(BaseModel):
         seed: of all draws.
         error: probability a call: it raises.
         delay, delay_s: a call: it takes `delay_s` longer.
+        rate: if given, bytes a second that reads and writes move at most, all together.
         hang: a call: it never returns.
         crash: a call: the process aborts.
         duplicate: a read, write or delete: its answer is sent twice (needs a tier process).
@@ -70,6 +71,7 @@ class FaultConfig(BaseModel):
     error: Probability = 0.0
     delay: Probability = 0.0
     delay_s: Annotated[float, Field(ge=0, le=86400, strict=True)] = 0.1
+    rate: Annotated[float, Field(gt=0, strict=True)] | None = None
     hang: Probability = 0.0
     crash: Probability = 0.0
     duplicate: Probability = 0.0
@@ -85,10 +87,11 @@ class FaultConfig(BaseModel):
 
 
 class _Dice:
-    """The draws of one call; none where nothing fails."""
+    """The draws of one call; none where nothing fails (not `active`)."""
 
     def __init__(self, config: FaultConfig, name: str, *, active: bool) -> None:
         self._config = config
+        self.active = active
         self._random = random.Random(name) if active else None
 
     def falls(self, fault: str) -> bool:
@@ -113,6 +116,7 @@ class FaultyBackend(Backend):
         self._calls = itertools.count()
         self._counts: dict[Operation, int] = {}
         self._thread = threading.local()
+        self._free_at = 0.0
         self.capabilities = inner.capabilities
 
     def open(self, context: OpenContext) -> None:
@@ -122,6 +126,7 @@ class FaultyBackend(Backend):
 
     def read(self, batch: Batch) -> Sequence[Status]:
         dice = self._trouble("read")
+        time.sleep(self._turn(dice, batch))
         return self._after_read(dice, batch, self._inner.read(batch))
 
     def _after_read(self, dice: _Dice, batch: Batch, answer: Sequence[Status]) -> Sequence[Status]:
@@ -134,6 +139,7 @@ class FaultyBackend(Backend):
 
     def write(self, batch: Batch) -> Sequence[Status]:
         dice = self._trouble("write")
+        time.sleep(self._turn(dice, batch))
         part, answer_of = self._before_write(dice, batch)
         return answer_of(self._inner.write(part) if len(part) else [])
 
@@ -187,6 +193,15 @@ class FaultyBackend(Backend):
         active = operation in config.operations and call >= config.after
         active = active and (config.before is None or call < config.before)
         return _Dice(config, f"{config.seed}/{operation}/{count}", active=active)
+
+    def _turn(self, dice: _Dice, batch: Batch) -> float:
+        """Seconds until a call of that many bytes has had its turn at `rate`."""
+        if self._config.rate is None or not dice.active:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + int(batch.lengths.sum()) / self._config.rate
+            return self._free_at - now
 
     def _damage(self, dice: _Dice, offset: int, length: int) -> None:
         if dice.falls("corrupt"):
@@ -248,7 +263,8 @@ class _Submitting(FaultyBackend):
             os.abort()
         if dice.falls("hang"):
             return
-        delayed = dice.falls("delay")
+        delay_s = self._config.delay_s if dice.falls("delay") else 0.0
+        delay_s += self._turn(dice, batch)
         times = 2 if dice.falls("duplicate") else 1
         if dice.falls("error"):
             raise OSError(f"fault on purpose in {operation}")
@@ -262,8 +278,8 @@ class _Submitting(FaultyBackend):
                 statuses = made(answer)
             except ValueError:  # another number of statuses than of blocks: for the worker to say
                 statuses = answer
-            if delayed:
-                timer = threading.Timer(self._config.delay_s, tell, (statuses,))
+            if delay_s:
+                timer = threading.Timer(delay_s, tell, (statuses,))
                 timer.daemon = True
                 timer.start()
             else:
