@@ -376,8 +376,10 @@ class KVCacheManager:
             self._planner.unwatch(watcher)
 
     def tell_held(self, namespace: Namespace, keys: Keys, first: int, watcher: Watcher) -> None:
-        """Tell a watcher, before this returns, which blocks of a path those tiers hold, from position `first` on: none of
-        a namespace that is not registered, or was reset."""
+        """Tell a watcher, before this returns, which blocks of a path those tiers hold, from position `first` on.
+
+        None of a namespace that is not registered, or was reset.
+        """
         with self._lock:
             self._planner.tell_held(namespace.root, keys, first, watcher)
 

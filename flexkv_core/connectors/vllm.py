@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from flexkv_core.config import load_config
+from flexkv_core.connectors.vllm_events import Announcements, VllmForm
 from flexkv_core.connectors.vllm_model import model_spec, world_of
 from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
 from flexkv_core.connectors.vllm_worker import WorkerHalf
@@ -32,6 +34,7 @@ from flexkv_core.server.paths import socket_path
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -59,6 +62,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._form: VllmForm | None = None
         extra = dict(self._kv_transfer_config.kv_connector_extra_config or {})
         try:
             spec = model_spec(vllm_config, kv_cache_config)
@@ -70,8 +74,13 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             path = socket_path(extra.get("socket", config.settings.server.socket))
             engine = self._engine_name()
             if role == KVConnectorRole.SCHEDULER:
-                client = embedded(source, path, engine=engine, deadline_s=float(extra.get("call_s", CALL_S)))
-                self._scheduler = SchedulerHalf(client, spec, fetch_s=float(extra.get("fetch_s", FETCH_S)))
+                told = vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
+                call_s, fetch_s = float(extra.get("call_s", CALL_S)), float(extra.get("fetch_s", FETCH_S))
+                client = embedded(source, path, engine=engine, deadline_s=call_s, notices=told)
+                if told:
+                    self._form = VllmForm(kv_cache_config, spec.block_size)
+                events = Announcements(client, spec, self._form) if self._form is not None else None
+                self._scheduler = SchedulerHalf(client, spec, fetch_s=fetch_s, events=events)
             else:
                 rank, ranks = self._rank(), world_of(vllm_config)
                 self._worker = WorkerHalf(path, engine, kv_cache_config, rank, ranks)
@@ -148,6 +157,8 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None:
             self._scheduler.bind(kv_cache_manager)
+        if self._form is not None:
+            self._form.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
@@ -181,6 +192,9 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.busy
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._scheduler.take_events() if self._scheduler is not None else ()
 
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core.blocks import GrowingKeys, Namespace
+from flexkv_core.connectors.vllm_events import Announcements
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
 from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
 from flexkv_core.layout import ModelSpec
@@ -108,9 +109,10 @@ class SchedulerHalf:
     Args:
         spec: of the engine's model.
         fetch_s: how long a request waits for blocks of lower tiers, at most.
+        events: what routers are told; None: nothing.
     """
 
-    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float) -> None:
+    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float, events: Announcements | None = None) -> None:
         self._client = client
         self._spec = spec
         self._namespaces = Namespaces(spec)
@@ -124,6 +126,7 @@ class SchedulerHalf:
         self._ends = Ends()
         self._epoch = 0
         self._transfers = 0
+        self._events = events
         self.counts = Counts()
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -253,6 +256,8 @@ class SchedulerHalf:
         table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
         tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
         self._loading[request.request_id] = tracked
+        if self._events is not None:
+            self._events.watch(tracked.load, request, tracked.keys.keys[:last], 0)
         self.counts.loads += 1
         self.counts.hit_tokens += external
 
@@ -332,6 +337,8 @@ class SchedulerHalf:
             transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
         except UnknownNamespaceError:
             return
+        if self._events is not None:
+            self._events.watch(transfer, request, tracked.keys.keys[:full], tracked.stored)
         self.counts.stores += 1
         self.counts.stored_blocks += full - tracked.stored
         tracked.stored = full
@@ -377,6 +384,8 @@ class SchedulerHalf:
     def reset(self) -> None:
         """Weights may have changed: nothing that was computed before is found or stored any more."""
         self._epoch += 1
+        if self._events is not None:
+            self._events.reset()
         for spec, namespace in list(self._registered.items()):
             try:
                 self._registered[spec] = self._client.reset(namespace)
@@ -387,6 +396,10 @@ class SchedulerHalf:
             if tracked.fetch is not None and tracked.load is None:
                 tracked.fetch.release()
                 tracked.fetch = None
+
+    def take_events(self) -> list[Any]:
+        """What routers are to be told, as the engine's events."""
+        return self._events.take() if self._events is not None else []
 
     def figures(self) -> Mapping[str, Any]:
         """Counts, and the client's own."""
