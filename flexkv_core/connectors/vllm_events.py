@@ -37,6 +37,7 @@ MEDIA = ("CPU", "STORAGE")
 KEY_BYTES = 32
 TIER_BITS = 64
 """Of a block's mask, for each KV group: one a tier of the stack, host memory first."""
+LOWER_TIERS = (1 << TIER_BITS) - 2
 MOST_BLOCKS = 1 << 20
 """Described at a time; blocks beyond are cached, but not announced."""
 
@@ -131,6 +132,7 @@ class Announcements:
         self._whole = [group.coverage.kind == "all" for group in spec.groups]
         self._form = form
         self._blocks: dict[bytes, Block] = {}
+        self._behind: dict[bytes, set[bytes]] = {}  # key -> held blocks that wait for it to be announced
         self._waiting: list[_Waiting] = []
         self._out: list[Stored | Removed] = []
         self._complained = False
@@ -187,7 +189,7 @@ class Announcements:
         """The caches of all namespaces were reset: what comes of them from now on is not known here any more."""
         self._take_back_all()
         self._waiting.clear()
-        self._blocks.clear()
+        self._keep(())
 
     # ---------------------------------------------------------------- what the engine takes
 
@@ -223,10 +225,16 @@ class Announcements:
 
     def _keep(self, blocks: Iterable[Block]) -> None:
         self._blocks = {block.key: block for block in blocks}
+        self._behind.clear()
 
     def _drop_unheld(self, block: Block) -> None:
         if not block.tiers and not block.expected and self._blocks.get(block.key) is block:
             del self._blocks[block.key]
+            waiting = self._behind.get(block.parent)
+            if waiting is not None:
+                waiting.discard(block.key)
+                if not waiting:
+                    del self._behind[block.parent]
 
     # ---------------------------------------------------------------- notices
 
@@ -239,12 +247,29 @@ class Announcements:
                 self._announce(block, group, medium)
 
     def _announce(self, block: Block, group: int, medium: int) -> None:
+        """Announce a block, and those that have waited for it."""
+        self._say(block, group, medium)
+        line = [block.key] if block.announced and self._behind else []
+        while line:
+            for key in self._behind.pop(line.pop(), ()):
+                self._say_held(self._blocks[key])
+                line.append(key)
+
+    def _say_held(self, block: Block) -> None:
+        """The same for all that hold it."""
+        for group in range(len(self._whole)):
+            for medium in range(len(MEDIA)):
+                if _is_held(block, group, medium):
+                    self._say(block, group, medium)
+
+    def _say(self, block: Block, group: int, medium: int) -> None:
         bit = 1 << group * len(MEDIA) + medium
         if block.announced & bit:
             return
         if block.parent and self._whole[group]:
             parent = self._blocks.get(block.parent)
             if parent is None or not parent.announced & 0b11 << group * len(MEDIA):
+                self._behind.setdefault(block.parent, set()).add(block.key)
                 return
         block.announced |= bit
         last = self._out[-1] if self._out else None
@@ -274,9 +299,8 @@ class Announcements:
     def _left(self, block: Block, group: int, tier: int) -> None:
         """A tier holds a block no more: take it back unless another of the medium does."""
         block.tiers &= ~(1 << group * TIER_BITS + tier)
-        mine = block.tiers >> group * TIER_BITS & (1 << TIER_BITS) - 1
         medium = STORAGE if tier else CPU
-        if not (mine >> 1 if tier else mine & 1):
+        if not _is_held(block, group, medium):
             self._take_back(block, group, medium)
 
     def _take_back(self, block: Block, group: int, medium: int) -> None:
@@ -300,24 +324,21 @@ class Announcements:
             block.tiers = 0
 
     def _say_again(self) -> None:
-        """Routers have forgotten all: announce what is still held, parents first."""
+        """Routers have forgotten all: announce what is still held."""
         self._out.clear()
-        said: set[bytes] = set()
+        self._behind.clear()
         for block in self._blocks.values():
             block.announced = 0
-        for block in list(self._blocks.values()):
-            path: list[Block] = []
-            each: Block | None = block
-            while each is not None and each.key not in said:
-                said.add(each.key)
-                path.append(each)
-                each = self._blocks.get(each.parent)
-            for each in reversed(path):
-                for group in range(len(self._whole)):
-                    mine = each.tiers >> group * TIER_BITS & (1 << TIER_BITS) - 1
-                    for medium, held in ((CPU, mine & 1), (STORAGE, mine >> 1)):
-                        if held:
-                            self._announce(each, group, medium)
+        for block in self._blocks.values():
+            for group in range(len(self._whole)):
+                for medium in range(len(MEDIA)):
+                    if _is_held(block, group, medium):
+                        self._announce(block, group, medium)
+
+
+def _is_held(block: Block, group: int, medium: int) -> bool:
+    mine = block.tiers >> group * TIER_BITS
+    return bool(mine & LOWER_TIERS if medium == STORAGE else mine & 1)
 
 
 class VllmForm:
@@ -366,7 +387,7 @@ class VllmForm:
         return extras
 
     def engine_reset(self) -> bool:
-        """See `Form`. vLLM says `AllBlocksCleared`, and does not tell its connector: but its table is a new one then."""
+        """See `Form`. vLLM says `AllBlocksCleared` and does not tell its connector; but its table is a new one then."""
         if self._manager is None:
             return False
         before, self._table = self._table, self._manager.block_pool.cached_block_hash_to_block
