@@ -188,7 +188,6 @@ class Announcements:
     def reset(self) -> None:
         """The caches of all namespaces were reset: what comes of them from now on is not known here any more."""
         self._take_back_all()
-        self._waiting.clear()
         self._keep(())
 
     # ---------------------------------------------------------------- what the engine takes
@@ -256,7 +255,7 @@ class Announcements:
                 line.append(key)
 
     def _say_held(self, block: Block) -> None:
-        """The same for all that hold it."""
+        """Announce a block in every medium that holds it."""
         for group in range(len(self._whole)):
             for medium in range(len(MEDIA)):
                 if _is_held(block, group, medium):
