@@ -1,4 +1,4 @@
-"""What a watcher is told of copies that come and go, where the books change otherwise than by a store or an eviction."""
+"""What watchers are told of copies that come and go where the books change by neither a store nor an eviction."""
 
 from __future__ import annotations
 
