@@ -16,6 +16,8 @@ from engine_rig import BLOCK, Engine, MakeEngine, Request, config, mixed_request
 
 END = (-1).to_bytes(8, "big", signed=True)
 PATIENCE_MS = 30_000
+PATIENT = {"call_s": 30.0, "fetch_s": 30.0}
+"""However busy the machine: what is not cached is not announced."""
 TICK: list[Request] = [{"tokens": [7] * 5}]
 """Less than a block: it makes the engine step, and changes nothing."""
 
@@ -104,6 +106,25 @@ def router(tmp_path: Path) -> Router:
     return Router(tmp_path)
 
 
+def started(make_engine: MakeEngine, *arguments: Any, **options: Any) -> Engine:
+    """An engine in one process, its worker connected and its tiers up: what is computed from now on is cached."""
+    engine = make_engine(*arguments, **options)
+
+    def ready() -> bool:
+        stats = engine.run("answer = connector._scheduler._client.stats()")
+        agents = [agent["connected"] for agent in stats.get("server", {"agents": []})["agents"]]
+        return any(agents) and all(tier["state"] == "ready" for tier in stats["tiers"].values())
+
+    until(ready)
+    return engine
+
+
+def options(router: Router | None, **env: str) -> dict[str, Any]:
+    """Of an engine whose own cache is small, and whose events the router reads, if there is one."""
+    events = {"kv_events_config": router.config} if router is not None else {}
+    return {**events, "num_gpu_blocks_override": 160, "env": {"VLLM_CPU_KVCACHE_SPACE": "1", **env}}
+
+
 def settle(engine: Engine, router: Router) -> dict[str, Any]:
     """All has been written down and said; the server's tiers."""
     assert engine.run("answer = connector._scheduler._client.drain(30)")
@@ -132,7 +153,8 @@ def paths(router: Router, medium: str) -> Iterator[tuple[int, ...]]:
 
 def test_a_router_knows_what_the_server_holds(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests, tiers = mixed_requests(60), stack(tmp_path, host="2MiB", disk="4MiB")
-    engine = make_engine(config(tmp_path, tiers), kv_events_config=router.config, num_gpu_blocks_override=160)
+    tiers["tiers"][1]["write_queue"] = "1GiB"  # a slow disk drops nothing
+    engine = started(make_engine, config(tmp_path, tiers, **PATIENT), **options(router))
     for at in range(0, len(requests), 10):
         engine.generate(requests[at : at + 10], reset_every=0 if at % 20 else 1)
         figures = settle(engine, router)
@@ -155,7 +177,7 @@ def test_salted_requests_have_the_engines_hashes(
     tokens = mixed_requests(1)[0]["tokens"]
     requests: list[Request] = [{"tokens": tokens}, {"tokens": tokens, "salt": "a"}, {"tokens": tokens, "salt": "b"}]
     env = {"VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": form}
-    engine = make_engine(config(tmp_path), kv_events_config=router.config, env=env, num_gpu_blocks_override=160)
+    engine = started(make_engine, config(tmp_path, **PATIENT), **options(router, **env))
     engine.generate(requests, max_tokens=1)
     settle(engine, router)
     assert router.held("CPU") == router.held("GPU")
@@ -168,10 +190,10 @@ def test_salted_requests_have_the_engines_hashes(
 def test_in_a_process_of_its_own(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests = mixed_requests(4)
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    engine = make_engine(config(tmp_path), kv_events_config=router.config, env=env, num_gpu_blocks_override=160)
-    engine.generate(requests, max_tokens=1)
+    engine = make_engine(config(tmp_path, **PATIENT), **options(router, **env))
 
     def told() -> bool:
+        engine.generate(requests, max_tokens=1)
         router.take_published()
         return len(prompts_of(requests)) == len(router.held("CPU"))
 
@@ -181,7 +203,7 @@ def test_in_a_process_of_its_own(make_engine: MakeEngine, router: Router, tmp_pa
 
 def test_resets(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests = mixed_requests(8)
-    engine = make_engine(config(tmp_path), kv_events_config=router.config, num_gpu_blocks_override=160)
+    engine = started(make_engine, config(tmp_path, **PATIENT), **options(router))
     engine.generate(requests)
     settle(engine, router)
     known = {medium: router.held(medium) for medium in ("CPU", "STORAGE")}
@@ -201,12 +223,12 @@ def test_resets(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None
 
 def test_engine_and_server_come_back(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests = mixed_requests(4)
-    first = make_engine(config(tmp_path), num_gpu_blocks_override=160)
+    first = started(make_engine, config(tmp_path, **PATIENT), **options(None))
     first.generate(requests)
     assert first.run("answer = connector._scheduler._client.drain(30)")
     assert first.run("answer = [connector._scheduler._events, list(connector.take_events())]") == [None, []]
     first.close()
-    engine = make_engine(config(tmp_path), kv_events_config=router.config, num_gpu_blocks_override=160)
+    engine = started(make_engine, config(tmp_path, **PATIENT), **options(router))
     engine.generate(TICK, max_tokens=1)
     router.listen(engine)
     assert router.held("CPU") == set()
