@@ -36,10 +36,11 @@ from server_rig import (
 from flexkv_core.blocks import Namespace, block_keys
 from flexkv_core.connectors import vllm_events
 from flexkv_core.connectors.vllm_events import CPU, STORAGE, Announcements, Removed, Stored
+from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.index import NO_SLOT
 from flexkv_core.layout import Coverage, KVGroup, ModelSpec
 from flexkv_core.manager import KVCacheManager
-from flexkv_core.server import Client, ClientTransfer, client_notices, connect, notices
+from flexkv_core.server import Client, ClientTransfer, DeviceAgent, client_notices, connect, notices
 from flexkv_core.server import messages as m
 from flexkv_core.server.daemon import Server
 
@@ -306,9 +307,6 @@ def test_groups_are_announced_apart(tmp_path: Path) -> None:
     half = KVGroup(1000, Coverage.window(2))
     spec = ModelSpec("two", BLOCK_SIZE, (KVGroup(1500), half))
     tensors = [np.zeros((PAGES, 1500), np.uint8), np.zeros((PAGES, 1000), np.uint8)]
-    from flexkv_core.device.cpu import CpuDevice  # noqa: PLC0415
-    from flexkv_core.server import DeviceAgent  # noqa: PLC0415
-
     with serving(tmp_path / "s"):
         made = DeviceAgent(
             tmp_path / "s", engine="e", device=CpuDevice([[each] for each in tensors], threads=1), groups=2
