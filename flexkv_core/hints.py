@@ -93,5 +93,7 @@ class Hints:
             taken = min(held, int(np.searchsorted(np.cumsum(sizes), room, side="right")))
         order = np.argsort(at[:taken], kind="stable")  # in the order of the path, as the record wants it
         tier.presence.add(question.batch.keys[order], groups[order], sizes[order])
+        if tier.exact:
+            self._ledger.changes.committed(tier.number, probe.root, question.batch.keys[order], groups[order])
         tier.counters.probed_blocks += taken
         probe.missing[groups[taken : held + 1], at[taken : held + 1]] = True

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from flexkv_core.changes import Changes, Watcher
 from flexkv_core.errors import UnknownNamespaceError
 from flexkv_core.index import NO_SLOT, Evicted, GroupRule, Index, Keys, Slots
 from flexkv_core.layout import Coverage, KVGroup
@@ -99,6 +100,9 @@ class Ledger:
 
     Args:
         clock: asked only where a tier's policy counts in seconds.
+
+    Attributes:
+        changes: whoever wants to know which copies come and go, of the tiers whose books are exact.
     """
 
     def __init__(self, tiers: Sequence[TierBook], index: Index, clock: Clock = monotonic_microseconds) -> None:
@@ -107,6 +111,7 @@ class Ledger:
         self.host = self.tiers[HOST]
         self.lower = self.tiers[1:]
         self.models: dict[bytes, Model] = {}
+        self.changes = Changes()
         self._columns = sorted((t for t in tiers if t.column is not None), key=lambda t: t.column or 0)
         self._retired: set[bytes] = set()
         self._leaving: set[bytes] = set()
@@ -230,6 +235,15 @@ class Ledger:
         assert tier.column is not None
         return np.not_equal(self.index.residency(root, keys, tier.column, group), NO_SLOT)
 
+    def held(self, root: bytes, keys: Keys, first: int, watcher: Watcher) -> None:
+        """Tell a watcher which blocks of a path, from position `first` on, the tiers with exact books hold."""
+        model = self.live(root)
+        for tier in self.tiers if model is not None else ():
+            for group in range(len(model.groups) if model is not None and tier.exact else 0):
+                mine = keys[first:][self.holds(tier, root, keys, group)[first:]]
+                if len(mine):
+                    watcher.committed(tier.number, root, mine, np.full(len(mine), group, np.uint8))
+
     def host_slots(self, root: bytes, keys: Keys, group: int) -> Slots:
         """(n,) int64: the slots in host memory along a path, also of a namespace that was reset or forgotten."""
         if not self.index.has_namespace(root):
@@ -302,6 +316,7 @@ class Ledger:
         assert tier.pool is not None
         tier.pool.free(evicted.slots)
         tier.counters.evicted_blocks += len(evicted.slots)
+        self.changes.evicted(tier.number, evicted)
         if (self._retired or self._leaving) and len(evicted.roots):
             changes = np.flatnonzero((evicted.roots[1:] != evicted.roots[:-1]).any(axis=1)) + 1
             self._drop_forgotten({evicted.roots[at].tobytes() for at in (0, *changes)})
@@ -362,12 +377,17 @@ class Ledger:
                 tier.pool.free(mine[~taken])
             new[chosen] = taken
         tier.counters.stored_blocks += int(np.count_nonzero(new))
+        if self.changes.watched:
+            fresh = move.part(new)
+            self.changes.committed(tier.number, move.root, fresh.block_keys, fresh.groups)
         return new
 
     def forget(self, tier: TierBook, move: Move) -> None:
         """Drop a lower tier's copies that were missing, corrupt or given up."""
         if move.generation != tier.generation:
             return
+        if tier.exact and self.changes.watched:
+            self.changes.dropped(tier.number, move.root, move.block_keys, move.groups)
         if tier.presence is not None:
             tier.presence.discard(move.block_keys, move.groups)
             return
@@ -389,6 +409,7 @@ class Ledger:
         tier.generation += 1
         tier.debris_bytes = 0
         tier.failures.clear()
+        self.changes.cleared(number)
         if tier.presence is not None:
             tier.presence.clear()
         elif tier.pool is not None and tier.column is not None:

@@ -20,6 +20,7 @@ import numpy as np
 from flexkv_core.arguments import DeviceBlocks, by_group, checked_keys, seconds
 from flexkv_core.blocks import Namespace
 from flexkv_core.books import make_planner, open_books, open_epochs
+from flexkv_core.changes import Watcher
 from flexkv_core.config import StackConfig, TierConfig, dump_with_secrets, load_to_open
 from flexkv_core.copying import Copies, check_blocks
 from flexkv_core.device import Device
@@ -368,6 +369,28 @@ class KVCacheManager:
             self._scheduler.call(self._fetches.cancel, transfer)
         elif not transfer.done:
             transfer.cancelled = True
+
+    # ---------------------------------------------------------------- what comes and goes
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell it which copies come and go, from now on: in host memory, and in the lower tiers whose capacity is kept
+        here; one that bounds itself says nothing of what it forgets. What is held already is not told."""
+        self._check_open()
+        with self._lock:
+            self._planner.watch(watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell it no more. Safe to call twice."""
+        with self._lock:
+            self._planner.unwatch(watcher)
+
+    def tell_held(self, namespace: Namespace, keys: Keys, first: int, watcher: Watcher) -> None:
+        """Tell a watcher, before this returns, which blocks of a path those tiers hold, from position `first` on.
+
+        None of a namespace that is not registered, or was reset.
+        """
+        with self._lock:
+            self._planner.tell_held(namespace.root, keys, first, watcher)
 
     # ---------------------------------------------------------------- waiting, figures, end
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexkv_core._native import BlockSet
+from flexkv_core.changes import Watcher
 from flexkv_core.hints import Hints
 from flexkv_core.index import NO_SLOT, Index, Keys
 from flexkv_core.index.coverage import covered_prefix, needed
@@ -95,6 +96,18 @@ class Planner:
     def namespaces(self) -> int:
         """How many are known: in use, or reset or left with copies that have not been evicted yet."""
         return len(self._ledger.models)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell it which copies come and go, from now on, of the tiers whose books are exact."""
+        self._ledger.changes.add(watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell it no more. Safe to call twice."""
+        self._ledger.changes.remove(watcher)
+
+    def tell_held(self, root: bytes, keys: Keys, first: int, watcher: Watcher) -> None:
+        """Tell it which blocks of a path are held, from position `first` on."""
+        self._ledger.held(root, keys, first, watcher)
 
     def lose_tier(self, number: int) -> None:
         """A tier that is not persistent has lost its medium: forget all that it held."""

@@ -88,6 +88,11 @@ class TierBook:
     available: bool = True
 
     @property
+    def exact(self) -> bool:
+        """Whether the books say what it holds. Those of a key-addressed tier that bounds itself only hint at it."""
+        return self.presence is None or self.presence.capacity_bytes is not None
+
+    @property
     def used_bytes(self) -> int:
         """Bytes that the tier's blocks take, seals included."""
         if self.pool is not None:

@@ -108,6 +108,7 @@ class WriteThrough:
                 return move, None
             planned = tier.reserved_bytes + move.nbytes
             keys, groups, lengths = tier.presence.evict_for(tier.bytes_to_free(planned))
+            self._ledger.changes.dropped(tier.number, None, keys, groups)
             fits = tier.presence.used_bytes + tier.debris_bytes + planned <= tier.presence.capacity_bytes
             excess = max(0, int(lengths.sum()) - move.nbytes * fits)
             deletion = Deletion(tier.number, keys, groups, lengths, excess) if len(groups) else None
@@ -140,6 +141,8 @@ class WriteThrough:
             if tier.presence.capacity_bytes is not None:
                 tier.reserved_bytes -= move.nbytes
             tier.presence.add(done.block_keys, done.groups, done.slot_bytes)
+            if tier.exact and self._ledger.changes.watched:
+                self._ledger.changes.committed(tier.number, move.root, done.block_keys, done.groups)
             counters.stored_blocks += len(done)
         elif move.generation != tier.generation:
             pass  # the medium is gone, and with it the slots
@@ -166,6 +169,7 @@ class WriteThrough:
         tier.debris_bytes = max(0, tier.debris_bytes - deletion.excess)
         if tier.presence is not None and not ok.all():
             tier.presence.add(deletion.keys[~ok], deletion.groups[~ok], deletion.lengths[~ok])
+            self._ledger.changes.committed(tier.number, None, deletion.keys[~ok], deletion.groups[~ok])
 
     def finish_removal(self, deletion: Deletion, ok: npt.NDArray[np.bool_]) -> None:
         """Corrupt copies were deleted; one that could not be takes room until the tier is listed again."""
@@ -185,6 +189,7 @@ class WriteThrough:
             return None
         presence.add(keys[::-1], groups[::-1], lengths[::-1])  # a listing gives the oldest first
         over_keys, over_groups, over_lengths = presence.overflow()
+        self._ledger.changes.dropped(number, None, over_keys, over_groups)
         if not len(over_groups):
             return None
         excess = int(over_lengths.sum())

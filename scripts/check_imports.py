@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("turns",),
     ("tier_wire", "tier_submit", "plans", "tier_book", "pins"),
     # what is where
-    ("presence", "failures"),
+    ("presence", "failures", "changes"),
     ("index",),
     ("pool", "ranks"),
     ("model_groups",),

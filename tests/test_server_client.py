@@ -25,7 +25,7 @@ from flexkv_core.errors import (
 )
 from flexkv_core.layout import KVGroup, ModelSpec
 from flexkv_core.server import Client, client, connect
-from flexkv_core.server.messages import PROTOCOL
+from flexkv_core.server import messages as m
 
 pytestmark = pytest.mark.usefixtures("leak_check")
 COUNT = 8
@@ -117,9 +117,7 @@ def test_another_version_is_told_with_both(tmp_path: Path) -> None:
     server._ready = (tmp_path / "s").exists  # type: ignore[method-assign]
     with (
         server,
-        pytest.raises(
-            ServerRefusedError, match=rf"flexkv 9\.9\.9 with protocol 999, .*0\.1\.0 with protocol {PROTOCOL}"
-        ),
+        pytest.raises(ServerRefusedError, match=rf"9\.9\.9 with protocol 999, .*0\.1\.0 with protocol {m.PROTOCOL}"),
     ):
         connect(tmp_path / "s")
 

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from flexkv_core.connectors.hooks import Cost, timed
 from flexkv_core.connectors.vllm_config import connector_config
+from flexkv_core.connectors.vllm_events import Announcements, VllmForm
 from flexkv_core.connectors.vllm_model import model_spec, world_of
 from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
 from flexkv_core.connectors.vllm_worker import WorkerHalf
@@ -61,6 +62,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._form: VllmForm | None = None
         self.costs: dict[str, Cost] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerHalf(kv_cache_config)
@@ -83,11 +85,17 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         for warning in config.loaded.warnings:
             logger.warning("%s", warning)
+        routers = self._vllm_config.kv_events_config
+        told = routers is not None and routers.enable_kv_cache_events
+        client = config.client(engine, notices=told)
+        if told:
+            self._form = VllmForm(kv_cache_config, spec.block_size)
         self._scheduler = SchedulerHalf(
-            config.client(engine),
+            client,
             spec,
             fetch_s=config.keys.fetch_s,
             load_or_compute=config.keys.load_or_compute,
+            events=Announcements(client, spec, self._form) if self._form is not None else None,
         )
 
     def _engine_name(self) -> str:
@@ -164,6 +172,8 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler is not None:
             self._scheduler.bind(kv_cache_manager)
+        if self._form is not None:
+            self._form.bind(kv_cache_manager)
 
     @timed
     def on_new_request(self, request: Request) -> None:
@@ -193,6 +203,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """vLLM calls it when a step's output has been processed."""
         if self._scheduler is not None:
             self._scheduler.step_ended()
+            return self._scheduler.take_events()
         return ()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

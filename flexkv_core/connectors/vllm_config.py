@@ -65,8 +65,8 @@ class ConnectorConfig:
         """ENABLE_FLEXKV."""
         return self.loaded.settings.process.enabled
 
-    def client(self, engine: str) -> Client:
-        """The scheduler's, of the server at the socket.
+    def client(self, engine: str, *, notices: bool = False) -> Client:
+        """The scheduler's, of the server at the socket; with `notices`, told of what comes and goes.
 
         Where the server is `embedded`, it is started if none is there, now and whenever it has gone. An `external` one
         may come later: until then nothing is found.
@@ -75,8 +75,10 @@ class ConnectorConfig:
         """
         if self.loaded.settings.server.launch_mode == "external":
             digest = self.loaded.digest if self.loaded.source != "environment" else ""
-            return Client(self.socket, engine=engine, deadline_s=self.keys.call_s, stack_digest=digest)
-        return embedded(self.keys.stack, self.socket, engine=engine, deadline_s=self.keys.call_s)
+            return Client(
+                self.socket, engine=engine, deadline_s=self.keys.call_s, stack_digest=digest, notices=notices
+            )
+        return embedded(self.keys.stack, self.socket, engine=engine, deadline_s=self.keys.call_s, notices=notices)
 
 
 def connector_config(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConnectorConfig:

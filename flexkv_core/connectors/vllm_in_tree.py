@@ -95,6 +95,9 @@ class FlexKVConnectorV1Impl(FlexKVConnector):
             self._loading[request.request_id] = list(blocks.get_block_ids()[0][loaded])
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> InTreeMetadata:
+        if self._form is not None and self._door._kv_cache_manager is not None:
+            # For the hashes of events only: the scheduler's half would store from running requests.
+            self._form.bind(self._door._kv_cache_manager)
         ends = super().build_connector_meta(scheduler_output).ends
         failed = {block for each in ends.failed for block in self._loading.get(each, ())}
         for each in (*ends.loaded, *ends.failed):

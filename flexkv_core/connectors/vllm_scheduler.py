@@ -22,6 +22,7 @@ import numpy.typing as npt
 from flexkv_core.blocks import GrowingKeys, Namespace
 from flexkv_core.connectors.arrivals import Arrival, Arrivals
 from flexkv_core.connectors.load_or_compute import LoadOrCompute
+from flexkv_core.connectors.vllm_events import Announcements
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
 from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
 from flexkv_core.layout import ModelSpec
@@ -127,9 +128,18 @@ class SchedulerHalf:
         spec: of the engine's model.
         fetch_s: how long a request waits for blocks of lower tiers, at most.
         load_or_compute: take of a hit only what is faster than computing it.
+        events: what routers are told; None: nothing.
     """
 
-    def __init__(self, client: Client, spec: ModelSpec, *, fetch_s: float, load_or_compute: bool = True) -> None:
+    def __init__(
+        self,
+        client: Client,
+        spec: ModelSpec,
+        *,
+        fetch_s: float,
+        load_or_compute: bool = True,
+        events: Announcements | None = None,
+    ) -> None:
         self._client = client
         self._spec = spec
         self._namespaces = Namespaces(spec)
@@ -153,6 +163,7 @@ class SchedulerHalf:
         self._steps = self._busy_steps = 0
         self._most_tokens = 1  # that a step gives a request whose prompt is computed
         self._due: dict[int, list[_Tracked]] = {}  # by step
+        self._events = events
         self.counts = Counts()
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -277,6 +288,8 @@ class SchedulerHalf:
         tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
         tracked.load_began, tracked.load_step = time.monotonic(), self._busy_steps
         self._loading[request.request_id] = tracked
+        if self._events is not None:
+            self._events.watch(tracked.load, request, tracked.keys.keys[:last], 0)
         self.counts.loads += 1
         self.counts.hit_tokens += external
 
@@ -409,6 +422,8 @@ class SchedulerHalf:
             transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
         except UnknownNamespaceError:
             return
+        if self._events is not None:
+            self._events.watch(transfer, request, tracked.keys.keys[:full], tracked.stored)
         self.counts.stores += 1
         self.counts.stored_blocks += full - tracked.stored
         tracked.stored = full
@@ -452,6 +467,8 @@ class SchedulerHalf:
     def reset(self) -> None:
         """Weights may have changed: nothing that was computed before is found or stored any more."""
         self._epoch += 1
+        if self._events is not None:
+            self._events.reset()
         for spec, namespace in list(self._registered.items()):
             try:
                 self._registered[spec] = self._client.reset(namespace)
@@ -461,6 +478,10 @@ class SchedulerHalf:
         for tracked in self._tracked.values():
             if tracked.load is None:
                 self._let_go(tracked)
+
+    def take_events(self) -> list[Any]:
+        """What routers are to be told, as the engine's events."""
+        return self._events.take() if self._events is not None else []
 
     def figures(self) -> Mapping[str, Any]:
         """Counts, and the client's own."""

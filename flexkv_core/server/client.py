@@ -36,6 +36,7 @@ from flexkv_core.server import messages as m
 from flexkv_core.server.channel import Channel
 from flexkv_core.server.client_handles import ClientFetch, ClientTransfer
 from flexkv_core.server.client_names import Names
+from flexkv_core.server.client_notices import Notice, NoticeBox
 from flexkv_core.server.starter import Starter
 
 logger = logging.getLogger("flexkv.client")
@@ -66,6 +67,7 @@ class Client:
         stack_digest: of the stack that this client would have started; a server with another is only warned about.
         role: "observer" for one who asks for figures only.
         starter: called in a thread of its own, now and then, while the server is away: it should start one.
+        notices: be told which blocks of its namespaces come and go (`take_notices`).
 
     Attributes:
         engine: its name.
@@ -80,6 +82,7 @@ class Client:
         stack_digest: str = "",
         role: m.Role = "client",
         starter: Callable[[], object] | None = None,
+        notices: bool = False,
     ) -> None:
         self._starter = Starter(starter) if starter is not None else None
         self.engine = engine if engine is not None else os.urandom(8).hex()
@@ -92,6 +95,7 @@ class Client:
         self._fetches: dict[int, ClientFetch] = {}
         self._transfers: dict[int, ClientTransfer] = {}
         self._names = Names(lambda: next(self._numbers))
+        self._notices = NoticeBox() if notices else None
         self._suspect = False
         self._heard_at = 0.0
         self._counts = dict.fromkeys(("calls", "away", "timeouts", "busy"), 0)
@@ -118,6 +122,7 @@ class Client:
             self._session,
             previous=self._welcomed_session,  # the last that can hold anything
             stack=self._digest,
+            notices=self._notices is not None,
         )
 
     def _welcomed(self, welcome: m.Welcome) -> None:
@@ -132,6 +137,8 @@ class Client:
     def _lost(self, reason: str) -> None:
         """Nothing that was under way will be answered."""
         self._names.lost()
+        if self._notices is not None:
+            self._notices.forget()
         self._answers.clear()
         self._suspect = False
         fetches, self._fetches = self._fetches, {}
@@ -144,7 +151,10 @@ class Client:
     def _received(self, message: m.FromServer) -> None:
         self._suspect = False
         self._heard_at = time.monotonic()
-        if isinstance(message, m.Progress):
+        if isinstance(message, Notice):
+            if self._notices is not None:
+                self._notices.put(message)
+        elif isinstance(message, m.Progress):
             fetch = self._fetches.get(message.id)
             if fetch is not None:
                 fetch.take(message)
@@ -390,6 +400,15 @@ class Client:
         elif not target.done:
             self._channel.send(message, request=False)
 
+    # ---------------------------------------------------------------- what comes and goes
+
+    def take_notices(self) -> list[Notice]:
+        """What the server has said since the last call, in order. What happened before a transfer's end, as its handle
+        tells it, is among them or was taken before. `Cleared(None)` too where the connection was lost. Never waits."""
+        self._channel.pump()
+        with self._channel.changed:
+            return self._notices.take() if self._notices is not None else []
+
     # ---------------------------------------------------------------- waiting, figures, end
 
     def wait(self, target: ClientTransfer | ClientFetch, timeout_s: float | None = None) -> bool:
@@ -476,6 +495,7 @@ def connect(
     connect_s: float = 10.0,
     stack_digest: str = "",
     starter: Callable[[], object] | None = None,
+    notices: bool = False,
 ) -> Client:
     """A client of the server at `path`, once it has answered; arguments as for `Client`.
 
@@ -483,7 +503,9 @@ def connect(
         ServerAwayError: no server answers within `connect_s` seconds.
         ServerRefusedError: it does not take this client, for being of another version, say.
     """
-    client = Client(path, engine=engine, deadline_s=deadline_s, stack_digest=stack_digest, starter=starter)
+    client = Client(
+        path, engine=engine, deadline_s=deadline_s, stack_digest=stack_digest, starter=starter, notices=notices
+    )
     try:
         client.greet(connect_s)
     except BaseException:

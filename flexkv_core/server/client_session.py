@@ -30,11 +30,13 @@ from flexkv_core.errors import (
     UnknownNamespaceError,
 )
 from flexkv_core.framing import WireError
+from flexkv_core.index import Keys
 from flexkv_core.layout import ModelSpec
 from flexkv_core.manager import KVCacheManager
 from flexkv_core.server import messages as m
 from flexkv_core.server.agent_session import Engine
 from flexkv_core.server.connection import Connection
+from flexkv_core.server.notices import Notices
 from flexkv_core.server.peers import Peer
 
 logger = logging.getLogger("flexkv.server")
@@ -119,6 +121,8 @@ class ClientSession:
         self._on_over = on_over
         self._fetches: dict[int, handles.Fetch] = {}
         self._transfers: dict[int, handles.Transfer] = {}
+        self._notices = Notices(connection, self.namespaces, shell.on_owner) if hello.notices else None
+        self._watching = False
         self._handlers: dict[type, Callable[[KVCacheManager, Any], None]] = {
             m.Lookup: self._lookup,
             m.Fetch: self._fetch,
@@ -181,10 +185,13 @@ class ClientSession:
         self._cancel_all(self._fetches)
         self._fetches.clear()
         self._transfers.clear()
+        if self._notices is not None and self._shell.manager is not None:
+            self._shell.manager.unwatch(self._notices)
         self._engine.clients -= 1
         self._on_over(self)
-        namespaces, self.namespaces = self.namespaces, {}
-        for namespace, _ in namespaces.values():
+        namespaces = list(self.namespaces.values())
+        self.namespaces.clear()
+        for namespace, _ in namespaces:
             self._shell.unused(namespace)
 
     # ---------------------------------------------------------------- messages
@@ -253,6 +260,9 @@ class ClientSession:
     def _register(self, manager: KVCacheManager, message: m.Register) -> None:
         if len(self.namespaces) >= MAX_NAMESPACES:
             raise BusyError(f"{MAX_NAMESPACES} namespaces are registered: unregister those that are not used")
+        if self._notices is not None and not self._watching:
+            self._watching = True
+            manager.watch(self._notices)
         namespace = manager.register(message.model, epoch=message.epoch)
         self.namespaces[namespace.root] = (namespace, message.model)
         self._send(m.Registered(message.id, namespace.epoch))
@@ -325,27 +335,30 @@ class ClientSession:
         if fetch is None or fetch.plan is None:
             self._send(m.Moved(message.id, 0, "the fetch was released"))
             return
-        _, model = self._known(fetch.plan.root)
+        namespace, model = self._known(fetch.plan.root)
         ranks = self._engine.ranks_of(model)
         self._move(
             message.id,
             "load",
             lambda: manager.load(fetch, self._blocks(message.blocks), ranks=ranks, tag=message.tag),
+            (namespace, fetch.plan.keys[: fetch.ready], 0),
         )
 
     def _store(self, manager: KVCacheManager, message: m.Store) -> None:
         namespace, model = self._known(message.root)
         ranks = self._engine.ranks_of(model)
-        keys = m.keys_of(message.keys)
+        keys, blocks = m.keys_of(message.keys), self._blocks(message.blocks)
         self._move(
             message.id,
             "store",
-            lambda: manager.store(
-                namespace, keys, self._blocks(message.blocks), ranks=ranks, tag=message.tag, owner=self.number
-            ),
+            lambda: manager.store(namespace, keys, blocks, ranks=ranks, tag=message.tag, owner=self.number),
+            (namespace, keys, min(_first_offered(each) for each in blocks)),
         )
 
-    def _move(self, number: int, what: str, begin: Callable[[], handles.Transfer]) -> None:
+    def _move(
+        self, number: int, what: str, begin: Callable[[], handles.Transfer], named: tuple[Namespace, Keys, int]
+    ) -> None:
+        """Begin a load or a store. `named`: namespace, path and first position of the blocks that it names."""
         if number in self._transfers:
             raise WireError(f"transfer {number} is under way already")
         if len(self._transfers) >= MAX_TRANSFERS:
@@ -357,6 +370,8 @@ class ClientSession:
         def tell(transfer: handles.Transfer) -> None:
             self._shell.observe(what, time.perf_counter() - started)
             if self._transfers.pop(number, None) is not None:
+                if self._notices is not None and self._shell.manager is not None and transfer.error is None:
+                    self._shell.manager.tell_held(*named, self._notices)
                 self._send(m.Moved(number, transfer.blocks, transfer.error))
                 self._end_if_idle()
 
@@ -364,3 +379,9 @@ class ClientSession:
 
     def _drain(self, manager: KVCacheManager, message: m.Drain) -> None:
         self._shell.drain(message.timeout_s, lambda ok: self._send(m.Ended(message.id, ok=ok)))
+
+
+def _first_offered(blocks: npt.NDArray[np.int64]) -> int:
+    """The first position that has a device block; the number of positions where none has."""
+    offered = np.flatnonzero(blocks >= 0)
+    return int(offered[0]) if len(offered) else len(blocks)

@@ -29,6 +29,9 @@ class Connection:
     Args:
         on_message: called with the body of each frame. It may raise WireError, which ends the connection.
         on_closed: called once, with the reason, when nothing will be sent or received any more.
+
+    Attributes:
+        on_drained: called when all that the other side had left unread has gone out.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Connection:
         self._on_message = on_message
         self._on_closed = on_closed
         self._ending = False
+        self.on_drained: Callable[[], None] = lambda: None
         self.open = True
         loop.add_reader(connected, self._receive)
 
@@ -54,6 +58,11 @@ class Connection:
     def socket(self) -> socket.socket:
         """For its options."""
         return self._socket
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the other side to read."""
+        return len(self._outgoing)
 
     def trust(
         self, on_message: Callable[[Connection, bytes], None], on_closed: Callable[[Connection, str], None]
@@ -138,6 +147,8 @@ class Connection:
             self._loop.remove_writer(self._socket)
             if self._ending:
                 self.close("refused")
+            else:
+                self.on_drained()
 
     def end(self) -> None:
         """Take no more messages; close when what was sent has gone out."""

@@ -82,6 +82,7 @@ def embedded(
     engine: str | None = None,
     deadline_s: float = CALL_DEADLINE_S,
     linger_s: float = LINGER_S,
+    notices: bool = False,
 ) -> Client:
     """A client of the server at this socket, which is started where none is, now and whenever it has gone.
 
@@ -96,6 +97,7 @@ def embedded(
         connect_s=START_S,
         stack_digest=digest,
         starter=lambda: ensure_server(source, path, linger_s=linger_s),
+        notices=notices,
     )
 
 

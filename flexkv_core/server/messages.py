@@ -5,7 +5,7 @@ request does. Both sides bound what they read; arrays travel as raw bytes and ar
 
 A connection begins with `Hello` and `Welcome` (or `Refused`, and it is closed). A request has an `id` that the client
 chose, and is answered exactly once with the same `id`, by what its docstring names or by `Failed`; a fetch is answered
-by `Progress`, often. Requests without an answer say so.
+by `Progress`, often. Requests without an answer say so. Notices come unasked, to a client whose `Hello` wants them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Hello(Message, frozen=True):
         rank, ranks: of an agent: its number among the engine's ranks, and how many there are.
         shapes: of an agent, by KV group: (bytes of its part of a block, device blocks); no bytes: it has nothing of it.
         region: of an agent: inode of the host region that it has mapped; its descriptor comes along. 0: none.
+        notices: of a client: it wants to be told which blocks of its namespaces come and go.
     """
 
     protocol: int
@@ -62,6 +63,7 @@ class Hello(Message, frozen=True):
     ranks: int = 1
     shapes: list[tuple[int, int]] = []
     region: int = 0
+    notices: bool = False
 
 
 class Welcome(Message, frozen=True):
@@ -248,6 +250,38 @@ class Failed(Message, frozen=True):
     text: str
 
 
+# ---------------------------------------------------------------- notices
+
+
+class Committed(Message, frozen=True):
+    """A tier holds these blocks of the client's namespaces from now on, or still: told when that begins, and of what a
+    store or a load of the client named when that has ended, before its `Moved`.
+
+    Attributes:
+        tier: its number in the stack, 0 for host memory. groups: n bytes. keys: n * 32 bytes.
+    """
+
+    tier: int
+    groups: bytes
+    keys: bytes
+
+
+class Dropped(Message, frozen=True):
+    """A tier does not hold these blocks any more; likewise. The client may never have been told of them, and they may
+    be another's."""
+
+    tier: int
+    groups: bytes
+    keys: bytes
+
+
+class Cleared(Message, frozen=True):
+    """A tier does not hold anything any more. None: the client has not read for long, and missed what has changed
+    since: nothing that it was told before counts."""
+
+    tier: int | None
+
+
 # ---------------------------------------------------------------- device agents
 
 
@@ -290,7 +324,21 @@ FromClient = (
     | Bye
     | Copied
 )
-FromServer = Welcome | Refused | Registered | Found | Progress | Moved | Figures | Ended | Failed | Copy
+FromServer = (
+    Welcome
+    | Refused
+    | Registered
+    | Found
+    | Progress
+    | Moved
+    | Figures
+    | Ended
+    | Failed
+    | Committed
+    | Dropped
+    | Cleared
+    | Copy
+)
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_server = msgspec.msgpack.Decoder(FromServer)
 _encoder = msgspec.msgpack.Encoder()

@@ -24,6 +24,7 @@ LINES = "test_manager_lines.py"
 NAMESPACES, ADMISSION = "test_manager_namespaces.py", "test_admission.py"
 SHARDS, GROUPS, TIERS = "test_manager_shards.py", "test_manager_groups.py", "test_manager_tiers.py"
 PROBES, HINTS = "test_manager_probes.py", "test_hints.py"
+CHANGES, EVENTS = "test_changes.py", "test_events.py"
 MANAGER, PLANNER, CLASSES, POOL = "test_manager.py", "test_planner.py", "test_slot_classes.py", "test_pool.py"
 
 MUTANTS = [
@@ -729,5 +730,54 @@ MUTANTS = [
         "",
         "close answers whoever waits",
         CANCEL,
+    ),
+    # ------------------------------------------------ who is told what comes and goes
+    Mutant(
+        "evictions_not_told",
+        "ledger.py",
+        "        self.changes.evicted(tier.number, evicted)\n",
+        "",
+        "watchers are told of what is evicted",
+        EVENTS,
+    ),
+    Mutant(
+        "told_of_the_first_namespace",
+        "changes.py",
+        "itertools.pairwise(starts)",
+        "[(0, len(evicted.groups))]",
+        "an eviction of several namespaces is told by namespace",
+        EVENTS,
+    ),
+    Mutant(
+        "lost_medium_not_told",
+        "ledger.py",
+        "        self.changes.cleared(number)\n",
+        "",
+        "watchers are told of a medium that is lost",
+        EVENTS,
+    ),
+    Mutant(
+        "deletion_not_taken_back",
+        "write_through.py",
+        "            self._ledger.changes.committed(tier.number, None, deletion.keys[~ok], deletion.groups[~ok])\n",
+        "",
+        "what could not be deleted is there again",
+        CHANGES,
+    ),
+    Mutant(
+        "listing_pushes_out_in_silence",
+        "write_through.py",
+        "        self._ledger.changes.dropped(number, None, over_keys, over_groups)\n",
+        "",
+        "watchers are told of what a listing pushes out",
+        CHANGES,
+    ),
+    Mutant(
+        "hints_told_of_inexact_tiers",
+        "hints.py",
+        "        if tier.exact:\n",
+        "        if True:\n",
+        "only tiers with exact books are told of",
+        CHANGES,
     ),
 ]
