@@ -213,6 +213,7 @@ def config(folder: Path, tiers: Mapping[str, Any] | None = None, **extra: Any) -
             "socket": str(folder / "flexkv.sock"),
             "call_s": 30,  # that a machine is busy must cost no hit here
             "fetch_s": 60,
+            "load_or_compute": False,  # computing is fast with a tiny model
             **extra,
         },
     }
