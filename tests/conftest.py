@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from ssd_plugin import SSD
 from flexkv_core import plugins
 from flexkv_core.index import Index
 from flexkv_core.policies import Eviction
+
+# Stages of their own, in environments of their own: `make test-engine`, `make test-dynamo`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["engine", "engine_dynamo"]
 
 Install = Callable[..., None]
 Make = Callable[[str | Eviction], Index]

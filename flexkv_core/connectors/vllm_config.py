@@ -75,9 +75,7 @@ class ConnectorConfig:
         """
         if self.loaded.settings.server.launch_mode == "external":
             digest = self.loaded.digest if self.loaded.source != "environment" else ""
-            return Client(
-                self.socket, engine=engine, deadline_s=self.keys.call_s, stack_digest=digest, notices=notices
-            )
+            return Client(self.socket, engine=engine, deadline_s=self.keys.call_s, stack_digest=digest, notices=notices)
         return embedded(self.keys.stack, self.socket, engine=engine, deadline_s=self.keys.call_s, notices=notices)
 
 

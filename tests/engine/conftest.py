@@ -11,6 +11,7 @@ import pytest
 import tiny_model
 from engine_rig import Engine, Expected, MakeEngine, Request, Zygote
 
+
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     made = Zygote(tmp_path_factory.mktemp("zygote"))

@@ -169,6 +169,20 @@ class Engine:
         """Run Python in it; what it called `answer` comes back."""
         return self.tell("run", code=code)["answer"]
 
+    def settle(self) -> None:
+        """Have finished requests' stores end and be written down: while one holds its blocks, vLLM does not drop its
+        own cache. Single-process engines only."""
+        self.run(
+            "scheduler = llm.llm_engine.engine_core.engine_core.scheduler\n"
+            "while scheduler.has_requests(): llm.llm_engine.step()\n"
+            "if connector is not None and hasattr(connector, '_scheduler'): connector._scheduler._client.drain(60.0)"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """The server's; single-process engines only."""
+        stats: dict[str, Any] = self.run("answer = connector._scheduler._client.stats()")
+        return stats
+
     def figures(self) -> dict[str, int]:
         """The scheduler half's; single-process engines only."""
         figures: dict[str, int] = self.run("answer = dict(connector._scheduler.figures())")
@@ -213,6 +227,7 @@ def config(folder: Path, tiers: Mapping[str, Any] | None = None, **extra: Any) -
             "socket": str(folder / "flexkv.sock"),
             "call_s": 30,  # that a machine is busy must cost no hit here
             "fetch_s": 60,
+            "load_or_compute": False,  # computing is fast with a tiny model
             **extra,
         },
     }

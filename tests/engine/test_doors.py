@@ -42,14 +42,6 @@ def figures(flex: Engine) -> dict[str, int]:
     return found
 
 
-def settle(flex: Engine) -> None:
-    """Have finished requests' stores end: while one holds its blocks, vLLM does not drop its own cache."""
-    flex.run(
-        "scheduler = llm.llm_engine.engine_core.engine_core.scheduler\n"
-        "while scheduler.has_requests(): llm.llm_engine.step()"
-    )
-
-
 @pytest.mark.parametrize("name", [BY_PATH, PLUGIN])
 def test_the_whole_connector(name: str, make_engine: MakeEngine, expected: Expected, tmp_path: Path) -> None:
     requests = mixed_requests(32, seed=1)
@@ -58,7 +50,7 @@ def test_the_whole_connector(name: str, make_engine: MakeEngine, expected: Expec
     assert flex.run("answer = type(connector).__name__") == "FlexKVConnector"
     for _ in range(2):
         assert flex.tokens(requests) == expected(requests)
-        settle(flex)
+        flex.settle()
     assert figures(flex)["hit_tokens"] > 0
     assert LESS not in flex.log
 
@@ -70,7 +62,7 @@ def test_in_tree(make_engine: MakeEngine, expected: Expected, tmp_path: Path) ->
     assert flex.run("answer = type(connector).__name__") == "FlexKVConnectorV1"
     assert flex.tokens(requests) == expected(requests)
     assert 0 < figures(flex)["stores"] <= len(requests), "a request is stored once, when it has finished"
-    settle(flex)
+    flex.settle()
     assert flex.tokens(requests) == expected(requests)
     assert figures(flex)["hit_tokens"] > 0
     assert flex.log.count(LESS) == 1
@@ -82,17 +74,17 @@ def test_in_tree(make_engine: MakeEngine, expected: Expected, tmp_path: Path) ->
         "def broken(*_): raise OSError('broken')\n"
         "CpuDevice.scatter = broken"
     )
-    settle(flex)
+    flex.settle()
     assert flex.tokens(requests) == expected(requests)
     assert figures(flex)["failed_loads"] > 0
     flex.run("CpuDevice.scatter = scatter")
 
     # A reset reaches it, though vLLM's class does not hand it on.
-    settle(flex)
+    flex.settle()
     assert flex.tell("reset", connector=True)["ok"]
     before = figures(flex)["hit_tokens"]
     assert flex.tokens(requests[:1]) == expected(requests)[:1]
-    settle(flex)
+    flex.settle()
     assert figures(flex)["hit_tokens"] == before
     assert flex.tokens(requests[:1]) == expected(requests)[:1]
     assert figures(flex)["hit_tokens"] > before

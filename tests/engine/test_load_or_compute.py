@@ -57,7 +57,7 @@ def over(folder: Path, rate: float | None) -> dict[str, Any]:
 def test_a_throttled_tier_turns_the_decision(
     make_engine: MakeEngine, expected: Expected, tmp_path: Path, rate: float | None
 ) -> None:
-    engine = make_engine(config(tmp_path, over(tmp_path, rate), fetch_s=2.0, call_s=20.0))
+    engine = make_engine(config(tmp_path, over(tmp_path, rate), fetch_s=2.0, call_s=20.0, load_or_compute=True))
     said = stored(engine)
     assert engine.figures()["hit_tokens"] == 0
     done = engine.generate(prompts(), batch=1)
