@@ -1,9 +1,9 @@
 """vLLM's block tables, as the server wants them; and the blocks that vLLM lets go before their request ends.
 
 Of a group that needs a window or a state only, vLLM frees blocks while their request runs: those of a prompt that is longer
-than its window are free in the step after they were computed. Owns that such a block is still stored if it is still what it
-was, so that requests which share a part of the prompt find it; and that none is given to another request while a copy of
-it may run. Does not own what is stored when.
+than its window are free in the step after they were computed. Owns that such a block is still stored if vLLM retains it
+for its own cache (`prefix_cache_retention_interval` says which: by default those that end a prompt, or a part that prompts
+share), and that none is given to another request while a copy of it may run. Does not own what is stored when.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class DeviceBlocks:
         self._noted.pop(request_id, None)
 
     def stored(self, request_id: str, tables: DeviceTables, first: int, last: int) -> list[npt.NDArray[np.int64]]:
-        """As `rows`, with blocks that vLLM has freed since they were noted, if nobody has got them yet."""
+        """As `rows`, with blocks that vLLM has freed since they were noted, if it retains them still."""
         made = rows(tables, first, last)
         for group, noted in self._noted.get(request_id, {}).items():
             row = made[group]
