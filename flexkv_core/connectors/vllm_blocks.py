@@ -1,9 +1,10 @@
 """vLLM's block tables, as the server wants them; and the blocks that vLLM lets go before their request ends.
 
-Of a group that needs a window or a state only, vLLM frees blocks while their request runs: those of a prompt that is longer
-than its window are free in the step after they were computed. Owns that such a block is still stored if vLLM retains it
-for its own cache (`prefix_cache_retention_interval` says which: by default those that end a prompt, or a part that prompts
-share), and that none is given to another request while a copy of it may run. Does not own what is stored when.
+Of a group that needs a window or a state only, vLLM frees blocks while their request runs: those of a prompt that is
+longer than its window are free in the step after they were computed. Owns that such a block is still stored if vLLM
+retains it for its own cache (`prefix_cache_retention_interval` says which: by default those that end a prompt, or a
+part that prompts share), and that none is given to another request while a copy of it may run. Does not own what is
+stored when.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class DeviceBlocks:
 
 
 def rows(tables: DeviceTables, first: int, last: int) -> list[npt.NDArray[np.int64]]:
-    """A row a KV group: device blocks of positions 0 to `last`; -1 before `first`, and where vLLM has its null block."""
+    """A row a KV group: device blocks of positions 0 to `last`; -1 before `first` and where vLLM has its null block."""
     made = []
     for ids in tables:
         row = np.full(last, -1, np.int64)

@@ -67,12 +67,12 @@ class Process:
 
     def _drop(self) -> None:
         """vLLM's own cache, which stays while a connector holds blocks of finished requests: let it end its stores."""
-        core, deadline = self.llm.llm_engine.engine_core, time.monotonic() + DROP_S
+        client, deadline = self.llm.llm_engine.engine_core, time.monotonic() + DROP_S
         while not self.llm.reset_prefix_cache():
             if time.monotonic() >= deadline:
                 raise RuntimeError("vLLM's own cache could not be dropped: blocks are held")
-            if hasattr(core, "engine_core"):  # it steps when it is told to
-                core.get_output()
+            if hasattr(client, "engine_core"):  # it steps when it is told to
+                client.get_output()
             else:
                 time.sleep(0.01)
 

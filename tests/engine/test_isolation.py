@@ -23,9 +23,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
 
 
 @pytest.fixture(scope="module")
-def engines(
-    zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Engine, Engine]]:
+def engines(zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
     """With LoRA: one with the connector, one without."""
     folder = tmp_path_factory.mktemp("isolation")
     lora: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": tiny_adapter.RANK}
