@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flexkv_core.blocks import GrowingKeys, Namespace
 from flexkv_core.connectors.arrivals import Arrival, Arrivals
 from flexkv_core.connectors.load_or_compute import LoadOrCompute
+from flexkv_core.connectors.vllm_blocks import DeviceBlocks, DeviceTables, rows
 from flexkv_core.connectors.vllm_events import Announcements
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
 from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
@@ -36,16 +36,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexkv.vllm")
 
 STORE_BLOCKS = 8
-"""A decoding request stores so many blocks at a time."""
+"""A decoding request stores so many blocks at a time, or as many as the shortest window has."""
 IDLE_WAIT_S = 0.001
 """An engine that has nothing to compute waits so long for a load, a step."""
 STORE_S = 10.0
-"""A finished request's blocks are held for its stores no longer than this."""
+"""Device blocks are held for their stores no longer than this."""
 REGISTER_AGAIN_S = 1.0
 """Between two attempts to register a namespace while the server is away."""
-
-DeviceTables = Sequence[Sequence[int]]
-"""A request's device blocks, by KV group."""
 
 
 @dataclass(slots=True)
@@ -156,7 +153,9 @@ class SchedulerHalf:
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Tracked] = {}
         self._finishing: dict[str, tuple[_Tracked, float]] = {}
-        self._blocks: KVCacheManager | None = None
+        self._blocks = DeviceBlocks(spec.groups, hold_s=STORE_S)
+        windows = [max(1, group.coverage.blocks) for group in spec.groups if group.coverage.kind != "all"]
+        self._store_blocks = min([STORE_BLOCKS, *windows])
         self._ends = Ends()
         self._epoch = 0
         self._transfers = 0
@@ -168,7 +167,7 @@ class SchedulerHalf:
 
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's own block tables."""
-        self._blocks = manager
+        self._blocks.bind(manager)
 
     # ---------------------------------------------------------------- requests
 
@@ -284,22 +283,13 @@ class SchedulerHalf:
             self.counts.failed_loads += 1
             tracked.load_failed = True
             return
-        table = [self._table(ids, first, last) for ids in blocks.get_block_ids()]
-        tracked.load = self._client.load(fetch, table, tag=tracked.load_tag)
+        tracked.load = self._client.load(fetch, rows(blocks.get_block_ids(), first, last), tag=tracked.load_tag)
         tracked.load_began, tracked.load_step = time.monotonic(), self._busy_steps
         self._loading[request.request_id] = tracked
         if self._events is not None:
             self._events.watch(tracked.load, request, tracked.keys.keys[:last], 0)
         self.counts.loads += 1
         self.counts.hit_tokens += external
-
-    @staticmethod
-    def _table(ids: Sequence[int], first: int, last: int) -> npt.NDArray[np.int64]:
-        """Device blocks of positions 0 to `last`; -1 before `first`, and where vLLM has its null block."""
-        table = np.full(last, -1, np.int64)
-        part = np.asarray(ids[first:last], np.int64)
-        table[first : first + len(part)] = np.where(part == NULL_BLOCK, -1, part)
-        return table
 
     def _tag(self, request: Request) -> str:
         self._transfers += 1
@@ -313,7 +303,7 @@ class SchedulerHalf:
         if self._loading and not output.total_num_scheduled_tokens:
             # Nothing else to do: leave the processor to the copies, rather than come again at once.
             self._client.wait(next(load for each in self._loading.values() if (load := each.load)), IDLE_WAIT_S)
-        elif self._loading or self._finishing:
+        elif self._loading or self._finishing or self._blocks.holding:
             self._client.pump()
         if self._loading:
             self._end_loads()
@@ -322,6 +312,9 @@ class SchedulerHalf:
         self._store_due(output)
         if self._finishing:
             self._end_stores()
+        for tag, store in self._blocks.release():
+            self._client.cancel(store)
+            self._ends.revoked.append(tag)
         self._arrivals.step()
         if not self._ends:
             return NOTHING
@@ -349,19 +342,22 @@ class SchedulerHalf:
         """Look at those requests that may have filled enough blocks by now, and not at all that run."""
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
-            if tracked is not None and not tracked.due:
-                tracked.due = True
-                self._due.setdefault(self._steps + 1, []).append(tracked)
+            if tracked is not None:
+                self._blocks.note(new.req_id)
+                if not tracked.due:
+                    tracked.due = True
+                    self._due.setdefault(self._steps + 1, []).append(tracked)
         for tracked in self._due.pop(self._steps, ()):
             request = tracked.request
             if self._tracked.get(request.request_id) is not tracked:
                 continue
             wait = 1
             if tracked.load is None and request.request_id in output.num_scheduled_tokens:
-                self._store(tracked, STORE_BLOCKS)
+                self._store(tracked, self._store_blocks)
+                self._blocks.note(request.request_id)
                 computed = request.num_computed_tokens - request.num_in_flight_tokens
                 if computed >= request.num_prompt_tokens:
-                    missing = (tracked.stored + STORE_BLOCKS) * self._spec.block_size - computed
+                    missing = (tracked.stored + self._store_blocks) * self._spec.block_size - computed
                     wait = max(1, -(-missing // self._most_tokens))
             self._due.setdefault(self._steps + wait, []).append(tracked)
 
@@ -389,6 +385,7 @@ class SchedulerHalf:
         tracked = self._tracked.get(request_id)
         if tracked is not None:
             self._give_up(tracked)
+            self._blocks.forget(request_id)
             tracked.stored = 0
 
     def _give_up(self, tracked: _Tracked) -> None:
@@ -412,16 +409,17 @@ class SchedulerHalf:
         if full <= tracked.stored or (full - tracked.stored < least and not prompt_done):
             return
         if device_blocks is None:
-            if self._blocks is None:
+            device_blocks = self._blocks.of(request.request_id)
+            if device_blocks is None:
                 return
-            device_blocks = self._blocks.get_block_ids(request.request_id)
         self._extend(tracked, full * size)
-        tables = [self._table(ids, tracked.stored, full) for ids in device_blocks]
+        tables = self._blocks.stored(request.request_id, device_blocks, tracked.stored, full)
         tag = self._tag(request)
         try:
             transfer = self._client.store(tracked.namespace, tracked.keys.keys[:full], tables, tag=tag)
         except UnknownNamespaceError:
             return
+        self._blocks.hold(tag, transfer, tables)
         if self._events is not None:
             self._events.watch(transfer, request, tracked.keys.keys[:full], tracked.stored)
         self.counts.stores += 1
@@ -438,9 +436,11 @@ class SchedulerHalf:
         del self._tracked[request.request_id]
         if tracked.load is not None:  # vLLM holds its blocks until the load has ended
             self._client.cancel(tracked.load)
+            self._blocks.forget(request.request_id)
             return False
         self._let_go(tracked)
         self._store(tracked, 1, device_blocks)
+        self._blocks.forget(request.request_id)
         if not any(not store.transfer.done for store in tracked.stores):
             return False
         self._finishing[request.request_id] = (tracked, time.monotonic() + STORE_S)
@@ -460,7 +460,7 @@ class SchedulerHalf:
     @property
     def busy(self) -> bool:
         """Whether vLLM must go on stepping, though it has nothing to compute."""
-        return bool(self._finishing or self._loading)
+        return bool(self._finishing or self._loading or self._blocks.holding)
 
     # ---------------------------------------------------------------- resets, figures, end
 
@@ -491,7 +491,3 @@ class SchedulerHalf:
 
     def close(self) -> None:
         self._client.close()
-
-
-NULL_BLOCK = 0
-"""vLLM's block that stands for none, as before a sliding window."""

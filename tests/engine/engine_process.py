@@ -23,6 +23,8 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import core  # noqa: F401
 
+DROP_S = 30.0
+
 
 def connector_of(llm: Any) -> Any:
     """The scheduler's half, where it runs in this process."""
@@ -46,7 +48,7 @@ class Process:
         tokens, cached, seconds = [], [], []
         for number, at in enumerate(range(0, len(requests), batch)):
             if reset_every and number % reset_every == 0:
-                self.llm.reset_prefix_cache()
+                self._drop()
             part = requests[at : at + batch]
             prompts = [
                 {"prompt_token_ids": one["tokens"]} | ({"cache_salt": one["salt"]} if one.get("salt") else {})
@@ -62,6 +64,17 @@ class Process:
             cached += [output.num_cached_tokens for output in outputs]
             self._say({"batch": number})
         return {"tokens": tokens, "cached": cached, "seconds": seconds}
+
+    def _drop(self) -> None:
+        """vLLM's own cache, which stays while a connector holds blocks of finished requests: let it end its stores."""
+        client, deadline = self.llm.llm_engine.engine_core, time.monotonic() + DROP_S
+        while not self.llm.reset_prefix_cache():
+            if time.monotonic() >= deadline:
+                raise RuntimeError("vLLM's own cache could not be dropped: blocks are held")
+            if hasattr(client, "engine_core"):  # it steps when it is told to
+                client.get_output()
+            else:
+                time.sleep(0.01)
 
     def reset(self, *, connector: bool = False) -> dict[str, Any]:
         """Drop vLLM's own cache; with `connector`, the connector's too."""

@@ -1,0 +1,82 @@
+"""A tiny Gemma 3 with random weights: layers of a sliding window between layers of full attention, so three KV groups.
+
+Its outputs depend on the KV of each group: norms make what attention says as large as what goes past it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+VOCABULARY = 512
+STD = 0.15
+WINDOW = 64
+LAYERS = ("sliding_attention", "sliding_attention", "full_attention") * 2
+GROUPS = 3
+
+
+def make(folder: Path, *, heads: int = 4, kv_heads: int = 2, dim: int = 32, seed: int = 0) -> Path:
+    """Write config.json and model.safetensors; returns the folder."""
+    hidden, inner = heads * dim, 2 * heads * dim
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": len(LAYERS),
+        "layer_types": list(LAYERS),
+        "sliding_window": WINDOW,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "query_pre_attn_scalar": dim,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * STD
+
+    weights = {
+        "model.embed_tokens.weight": normal(VOCABULARY, hidden),
+        "model.norm.weight": torch.zeros(hidden),  # they are multiplied with 1 + weight
+        "lm_head.weight": normal(VOCABULARY, hidden),
+    }
+    for layer in range(len(LAYERS)):
+        at = f"model.layers.{layer}."
+        for name, shape in {
+            "self_attn.q_proj": (heads * dim, hidden),
+            "self_attn.k_proj": (kv_heads * dim, hidden),
+            "self_attn.v_proj": (kv_heads * dim, hidden),
+            "self_attn.o_proj": (hidden, heads * dim),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }.items():
+            weights[f"{at}{name}.weight"] = normal(*shape)
+        for name, size, weight in (
+            ("input_layernorm", hidden, 0.0),
+            ("post_attention_layernorm", hidden, 0.0),
+            ("pre_feedforward_layernorm", hidden, 0.0),
+            ("post_feedforward_layernorm", hidden, 0.0),
+            ("self_attn.q_norm", dim, 1.0),
+            ("self_attn.k_norm", dim, 0.0),
+        ):
+            weights[f"{at}{name}.weight"] = torch.full((size,), weight)
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return folder
