@@ -33,7 +33,7 @@ class FlexKVStats(KVConnectorStats):  # type: ignore[misc]
     """`data` is as `observations.Data`."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> FlexKVStats:
         add(self.data, other.data)
