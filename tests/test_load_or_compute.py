@@ -17,6 +17,7 @@ from flexkv_core.blocks import Namespace, block_keys
 from flexkv_core.connectors.arrivals import PROBE_AFTER_S, Arrival, Arrivals
 from flexkv_core.connectors.estimates import FAR, Line, PrefillSpeed
 from flexkv_core.connectors.load_or_compute import HERE, UNKNOWN_SHARE, LoadOrCompute
+from flexkv_core.connectors.observations import Observations
 from flexkv_core.server import Client, connect
 
 TOKENS, BYTES = 16, 1 << 20
@@ -223,6 +224,7 @@ class FakeFetch:
         self.ready, self.done, self.why = 0, False, ""
         self.held: list[tuple[str, int]] = []
         self.steps: list[tuple[int, float]] = []
+        self.sources: dict[str, int] = {}
 
     def tell(
         self, ready: int, seconds: float, held: list[tuple[str, int]] | None = None, *, done: bool = False
@@ -266,7 +268,8 @@ class Rig:
         self.clock = Clock()
         self.client = FakeClient(here)
         self.judge = judge(self.clock)
-        self.arrivals = Arrivals(cast(Client, self.client), self.judge, fetch_s=5.0, clock=self.clock)
+        self.seen = Observations(self.judge.decisions)
+        self.arrivals = Arrivals(cast(Client, self.client), self.judge, self.seen, fetch_s=5.0, clock=self.clock)
         self.namespace = Namespace.of(SPEC)
 
     def arrive(self, blocks: int, held: list[tuple[str, int]]) -> tuple[Arrival, FakeFetch]:

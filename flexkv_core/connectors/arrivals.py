@@ -8,11 +8,12 @@ that has become fast again is noticed. No call waits longer than a fraction of a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flexkv_core.blocks import Keys, Namespace
-from flexkv_core.connectors.load_or_compute import HERE, Choice, LoadOrCompute
+from flexkv_core.connectors.load_or_compute import HERE, Choice, Held, LoadOrCompute
+from flexkv_core.connectors.observations import Observations
 from flexkv_core.server import Client, ClientFetch
 
 FIRST_WAIT_S = 0.0003
@@ -20,6 +21,10 @@ FIRST_WAIT_S = 0.0003
 for. All that are first asked for in a step wait so long together."""
 PROBE_AFTER_S = 1.0
 """A tier whose blocks were not waited for rests so long between two prefetches, and as long as the last one took."""
+HOST_TIER = "cpu"
+"""What host memory is called where the server has not said it."""
+LOST = ("server", "refused", "expired")
+"""Why a fetch may have ended that was not its caller's doing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +36,7 @@ class Arrival:
         until: no wait is longer. asked: it was asked for, so that its fetch has been waited for.
         choice: what was decided while the fetch was under way, on a hit of `whole` blocks.
         ahead: blocks that were asked of each tier before, while its own are.
+        avoid: tiers that were not read for it. held: where its blocks were, where `cut`: before they were fetched.
         counted: what became of it has been.
     """
 
@@ -43,8 +49,20 @@ class Arrival:
     whole: int = 0
     choice: Choice | None = None
     ahead: dict[str, int] | None = None
+    avoid: Sequence[str] = ()
+    held: Held = ()
     cut: bool = False
     counted: bool = False
+
+    def tokens(self, first: int, last: int, block_size: int) -> dict[str, int]:
+        """Tokens `first` to `last` of it by the tier that had them when it began; it is done."""
+        host, tokens, at = next(iter(self.fetch.sources), HOST_TIER), dict[str, int](), 0
+        for tier, blocks in (*(self.held if self.cut else self.fetch.held), (HERE, last)):
+            begin, at = at, at + blocks * block_size
+            count = min(at, last) - max(begin, first)
+            if count > 0:
+                tokens[tier or host] = tokens.get(tier or host, 0) + count
+        return tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +78,22 @@ class Arrivals:
     """See the module's docstring. One thread.
 
     Args:
+        seen: is told of fetches.
         fetch_s: the deadline of fetches.
         clock: seconds, never going back.
     """
 
-    def __init__(self, client: Client, judge: LoadOrCompute, *, fetch_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        judge: LoadOrCompute,
+        seen: Observations,
+        *,
+        fetch_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._client = client
+        self._seen = seen
         self._judge = judge
         self._fetch_s = fetch_s
         self._clock = clock
@@ -77,9 +105,10 @@ class Arrivals:
     def begin(self, namespace: Namespace, keys: Keys) -> Arrival:
         """Look for a prefix. Raises UnknownNamespaceError."""
         now = self._clock()
-        fetch = self._client.fetch(namespace, keys, self._fetch_s, avoid=self._judge.too_slow(len(keys)))
+        avoid = self._judge.too_slow(len(keys))
+        fetch = self._client.fetch(namespace, keys, self._fetch_s, avoid=avoid)
         until = now + min(self._fetch_s, self._judge.compute_s(len(keys)) or self._fetch_s)
-        return Arrival(namespace, keys, fetch, now, until)
+        return Arrival(namespace, keys, fetch, now, until, avoid=avoid)
 
     def found(self, arrival: Arrival, local: int) -> int | None:
         """Leading blocks that are in hand, `arrival.fetch` done, and worth loading; None: ask again.
@@ -149,6 +178,7 @@ class Arrivals:
             arrival.whole = max(arrival.whole, sum(blocks for _, blocks in arrival.fetch.held))
             if arrival.whole > arrival.fetch.ready and not arrival.cut:
                 self._follow(arrival)
+            self._observe(arrival)
         choice = self._judge.choose([(HERE, arrival.fetch.ready)], local)
         self._count(arrival, choice, local)
         if choice.blocks <= local:
@@ -160,6 +190,7 @@ class Arrivals:
         now = self._clock()
         fetch = self._client.fetch(arrival.namespace, arrival.keys[:blocks], self._fetch_s)
         self._abandon(arrival)
+        arrival.held = arrival.fetch.held
         arrival.fetch, arrival.cut = fetch, True
         arrival.keys, arrival.asked = arrival.keys[:blocks], False
         arrival.until = now + (self._judge.compute_s(blocks) or self._fetch_s)
@@ -190,6 +221,17 @@ class Arrivals:
             self._judge.decided(choice, max(arrival.whole, arrival.fetch.ready), local)
 
     # ---------------------------------------------------------------- measurements
+
+    def _observe(self, arrival: Arrival) -> None:
+        """Tell of its fetch, which is done."""
+        fetch, expected = arrival.fetch, len(arrival.keys) if arrival.cut else 0
+        for tier, blocks in fetch.held if not arrival.cut else ():
+            if tier in arrival.avoid:
+                break
+            expected += blocks
+        failed = fetch.why in LOST or fetch.ready < expected
+        if failed or fetch.ready:
+            self._seen.fetched(fetch.steps[-1][1] if fetch.steps else self._clock() - arrival.began, failed=failed)
 
     def _settle(self, arrival: Arrival) -> None:
         """Its fetch is waited for no more."""

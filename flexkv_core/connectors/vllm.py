@@ -26,7 +26,9 @@ from flexkv_core.connectors.hooks import Cost, timed
 from flexkv_core.connectors.vllm_config import connector_config
 from flexkv_core.connectors.vllm_events import Announcements, VllmForm
 from flexkv_core.connectors.vllm_model import model_spec, world_of
+from flexkv_core.connectors.vllm_plugin import name_own
 from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
+from flexkv_core.connectors.vllm_stats import FlexKVPromMetrics, FlexKVStats, hit_sources, tier_kinds
 from flexkv_core.connectors.vllm_worker import WorkerHalf
 from flexkv_core.errors import FlexKVError
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
     from vllm.v1.request import Request
 
 logger = logging.getLogger("flexkv.vllm")
@@ -63,6 +66,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._form: VllmForm | None = None
+        self._kinds: dict[str, str] = {}
         self.costs: dict[str, Cost] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerHalf(kv_cache_config)
@@ -88,6 +92,7 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         routers = self._vllm_config.kv_events_config
         told = routers is not None and routers.enable_kv_cache_events
         client = config.client(engine, notices=told)
+        self._kinds = tier_kinds(config.loaded.stack)
         if told:
             self._form = VllmForm(kv_cache_config, spec.block_size)
         self._scheduler = SchedulerHalf(
@@ -193,6 +198,11 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.after_alloc(request, blocks, num_external_tokens)
 
     @timed
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        taken = self._scheduler.taken(request) if self._scheduler is not None else {}
+        return hit_sources(taken, self._kinds, num_external_tokens)
+
+    @timed
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> FlexKVMetadata:
         if self._scheduler is None:
             return FlexKVMetadata()
@@ -222,3 +232,26 @@ class FlexKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.reset()
         return True
+
+    # ---------------------------------------------------------------- statistics
+
+    @timed
+    def get_kv_connector_stats(self) -> FlexKVStats | None:
+        """What came since the last step; the scheduler's half has it all."""
+        data = self._scheduler.seen.take() if self._scheduler is not None else None
+        return FlexKVStats(data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FlexKVStats:
+        return FlexKVStats().aggregate(FlexKVStats(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> FlexKVPromMetrics:
+        name_own()  # MultiConnector asks vLLM's registry for whose statistics it has got, in this process
+        return FlexKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

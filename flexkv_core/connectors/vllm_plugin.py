@@ -32,14 +32,26 @@ def register() -> None:
 
 
 def _register(factory: Any) -> None:
-    registry = getattr(factory, "_registry", None)
-    if not isinstance(registry, dict) or not all(callable(loader) for loader in registry.values()):
-        raise TypeError("its factory of connectors has no table of loaders by name")
+    registry = _registry(factory)
     in_tree = registry.get(IN_TREE)
     if isinstance(in_tree, _Loader):
         return
     registry[OWN] = _Loader(None)
     registry[IN_TREE] = _Loader(in_tree, refused=original_flexkv())
+
+
+def _registry(factory: Any) -> dict[str, Loader]:
+    registry = getattr(factory, "_registry", None)
+    if not isinstance(registry, dict) or not all(callable(loader) for loader in registry.values()):
+        raise TypeError("its factory of connectors has no table of loaders by name")
+    return registry
+
+
+def name_own() -> None:
+    """Have vLLM find the class by its own name, also where plug-ins are not loaded and a path led to it."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415
+
+    _registry(KVConnectorFactory).setdefault(OWN, _Loader(None))
 
 
 class _Loader:

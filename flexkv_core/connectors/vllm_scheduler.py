@@ -21,6 +21,7 @@ import numpy as np
 from flexkv_core.blocks import GrowingKeys, Namespace
 from flexkv_core.connectors.arrivals import Arrival, Arrivals
 from flexkv_core.connectors.load_or_compute import LoadOrCompute
+from flexkv_core.connectors.observations import Counts, Observations
 from flexkv_core.connectors.vllm_blocks import DeviceBlocks, DeviceTables, rows
 from flexkv_core.connectors.vllm_events import Announcements
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
@@ -82,6 +83,7 @@ class _Tracked:
         keys: of its prefix, extended as it grows; epoch: which reset of the engine they belong to.
         arrival: its hit, until it is loaded or given up.
         matched: blocks that were promised last. local: tokens that vLLM had itself then.
+        taken: tokens of its last load, by tier.
         load_failed: it is computed: the next load would fail as this one did.
         load_began, load_step: when its load began, and how many steps had computed something then.
         due: some later step looks whether it has blocks to store.
@@ -97,25 +99,13 @@ class _Tracked:
     local: int = 0
     load: ClientTransfer | None = None
     load_tag: str = ""
+    taken: Mapping[str, int] = field(default_factory=dict)
     load_failed: bool = False
     load_began: float = 0.0
     load_step: int = 0
     due: bool = False
     stored: int = 0
     stores: list[_Store] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Counts:
-    """Since the start: requests, tokens and blocks."""
-
-    requests: int = 0
-    hit_tokens: int = 0
-    loads: int = 0
-    failed_loads: int = 0
-    stores: int = 0
-    stored_blocks: int = 0
-    failed_stores: int = 0
 
 
 class SchedulerHalf:
@@ -149,7 +139,9 @@ class SchedulerHalf:
             clock=time.monotonic,
             enabled=load_or_compute,
         )
-        self._arrivals = Arrivals(client, self.judge, fetch_s=fetch_s, clock=time.monotonic)
+        self.seen = Observations(self.judge.decisions)
+        self.counts = self.seen.counts
+        self._arrivals = Arrivals(client, self.judge, self.seen, fetch_s=fetch_s, clock=time.monotonic)
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Tracked] = {}
         self._finishing: dict[str, tuple[_Tracked, float]] = {}
@@ -163,7 +155,6 @@ class SchedulerHalf:
         self._most_tokens = 1  # that a step gives a request whose prompt is computed
         self._due: dict[int, list[_Tracked]] = {}  # by step
         self._events = events
-        self.counts = Counts()
 
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's own block tables."""
@@ -276,20 +267,26 @@ class SchedulerHalf:
             return
         size = self._spec.block_size
         first, last = tracked.local // size, (tracked.local + external) // size
-        fetch = tracked.arrival.fetch if tracked.arrival is not None else None
-        tracked.load_tag = self._tag(request)
-        if fetch is None or fetch.ready < last:  # it was lost since: the workers say so
+        arrival = tracked.arrival
+        tracked.load_tag, tracked.taken = self._tag(request), {}
+        if arrival is None or arrival.fetch.ready < last:  # it was lost since: the workers say so
             self._ends.failed[request.request_id] = tracked.load_tag
             self.counts.failed_loads += 1
             tracked.load_failed = True
             return
-        tracked.load = self._client.load(fetch, rows(blocks.get_block_ids(), first, last), tag=tracked.load_tag)
+        table = rows(blocks.get_block_ids(), first, last)
+        tracked.load = self._client.load(arrival.fetch, table, tag=tracked.load_tag)
+        tracked.taken = arrival.tokens(tracked.local, tracked.local + external, size)
         tracked.load_began, tracked.load_step = time.monotonic(), self._busy_steps
         self._loading[request.request_id] = tracked
         if self._events is not None:
             self._events.watch(tracked.load, request, tracked.keys.keys[:last], 0)
         self.counts.loads += 1
-        self.counts.hit_tokens += external
+
+    def taken(self, request: Request) -> Mapping[str, int]:
+        """Tokens of the load that was begun for it last, by tier."""
+        tracked = self._tracked.get(request.request_id)
+        return tracked.taken if tracked is not None else {}
 
     def _tag(self, request: Request) -> str:
         self._transfers += 1
@@ -368,8 +365,10 @@ class SchedulerHalf:
                 continue
             del self._loading[request_id]
             if load.error is None:
+                took = time.monotonic() - tracked.load_began
+                self.seen.loaded(took, tracked.taken)
                 if tracked.load_step == self._busy_steps:  # else what it took is what the engine's steps took
-                    self.judge.copied(load.blocks, time.monotonic() - tracked.load_began)
+                    self.judge.copied(load.blocks, took)
                 tracked.stored = max(tracked.stored, tracked.matched)
                 self._ends.loaded.add(request_id)
             else:
@@ -389,11 +388,18 @@ class SchedulerHalf:
             tracked.stored = 0
 
     def _give_up(self, tracked: _Tracked) -> None:
+        self._client.pump()
+        self._forget_ended(tracked)
+        self.counts.failed_stores += len(tracked.stores)
         for store in tracked.stores:
-            if not store.transfer.done:
-                self._client.cancel(store.transfer)
-                self._ends.revoked.append(store.tag)
+            self._client.cancel(store.transfer)
+            self._ends.revoked.append(store.tag)
         tracked.stores.clear()
+
+    def _forget_ended(self, tracked: _Tracked) -> None:
+        """Keep only stores that have not ended; count those that failed."""
+        self.counts.failed_stores += sum(store.transfer.error is not None for store in tracked.stores)
+        tracked.stores = [store for store in tracked.stores if not store.transfer.ended]
 
     def _store(self, tracked: _Tracked, least: int, device_blocks: DeviceTables | None = None) -> None:
         """Store full blocks whose step's output has been processed, if they are so many or the prompt is done.
@@ -425,7 +431,7 @@ class SchedulerHalf:
         self.counts.stores += 1
         self.counts.stored_blocks += full - tracked.stored
         tracked.stored = full
-        tracked.stores = [store for store in tracked.stores if not store.transfer.ended]
+        self._forget_ended(tracked)
         tracked.stores.append(_Store(transfer, tag))
 
     def finished(self, request: Request, device_blocks: DeviceTables) -> bool:
@@ -441,7 +447,10 @@ class SchedulerHalf:
         self._let_go(tracked)
         self._store(tracked, 1, device_blocks)
         self._blocks.forget(request.request_id)
-        if not any(not store.transfer.done for store in tracked.stores):
+        if tracked.stores:
+            self._client.pump()
+            self._forget_ended(tracked)
+        if not tracked.stores:
             return False
         self._finishing[request.request_id] = (tracked, time.monotonic() + STORE_S)
         return True
@@ -452,7 +461,6 @@ class SchedulerHalf:
             pending = [store for store in tracked.stores if not store.transfer.ended]
             if pending and now < until:
                 continue
-            self.counts.failed_stores += sum(store.transfer.error is not None for store in tracked.stores)
             self._give_up(tracked)
             del self._finishing[request_id]
             self._ends.saved.add(request_id)
