@@ -46,7 +46,12 @@ def by_tier(metrics: Shown) -> dict[str | None, int]:
     return {label: value for (name, label), value in metrics.items() if name == "flexkv_hit_tokens"}
 
 
-def drain(engine: Engine) -> None:
+def settle(engine: Engine) -> None:
+    """Have all stores end, and all blocks be written down."""
+    engine.run(
+        "scheduler = llm.llm_engine.engine_core.engine_core.scheduler\n"
+        "while scheduler.has_requests(): llm.llm_engine.step()"
+    )
     assert engine.run("answer = connector._scheduler._client.drain(60.0)")
 
 
@@ -55,7 +60,7 @@ def serve(engine: Engine, requests: list[Request]) -> int:
     cached = 0
     for request in requests:
         cached += engine.generate([request], batch=1)["cached"][0]
-        drain(engine)
+        settle(engine)
     return cached
 
 
@@ -104,7 +109,7 @@ def test_metrics_say_what_was_served(make_engine: MakeEngine, tmp_path: Path) ->
 
     # Stores.
     engine.run(BREAK.format("gather"))
-    engine.generate(prompts(6, 2), batch=1)
+    assert serve(engine, prompts(6, 2)) == 0
     engine.run(MEND.format("gather"))
     before, metrics = metrics, shown(engine)
     assert metrics["flexkv_stores", None] - before["flexkv_stores", None] == 2
