@@ -7,7 +7,7 @@ DYNAMO := build/dynamo-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native CMakeLists.txt pyproject.toml backends compat -name '*.cpp' -o -name '*.hpp' -o -name '*.c' -o -name '*.h' -o -name '*.txt' -o -name 'pyproject.toml')
 
-.PHONY: demo test test-core test-engine test-dynamo check check-native soak mutants bench clean help
+.PHONY: demo test test-core test-engine test-engine-quick test-dynamo check check-native soak mutants bench clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -15,13 +15,16 @@ help: ## Say what there is
 demo: $(VENV)/.run ## Set up and replay an hour of production requests
 	bash scripts/demo.sh $(BIN)/flexkv
 
-test: test-core test-engine ## Set up and pass the tests
+test: test-core test-engine-quick ## Set up and pass the tests; the slow ones on an engine are in test-engine
 
 test-core: $(VENV)/.test ## All but a real engine
 	$(BIN)/python -m pytest -q
 
-test-engine: $(ENGINE)/.ready ## On a real vLLM (CPU build, 3.4 GB)
+test-engine: $(ENGINE)/.ready ## On a real vLLM (CPU build, 3.4 GB), with the slow ones
 	$(ENGINE)/bin/python -m pytest -q tests/engine
+
+test-engine-quick: $(ENGINE)/.ready ## The same without the slow ones
+	$(ENGINE)/bin/python -m pytest -q -m "not slow" tests/engine
 
 test-dynamo: $(DYNAMO)/.ready ## Set up Dynamo with vLLM's CPU build (4 GB) and run examples/dynamo
 	$(DYNAMO)/bin/python -m pytest -q -s --noconftest -o pythonpath="tests/engine tests/engine_dynamo" \

@@ -187,6 +187,7 @@ def test_salted_requests_have_the_engines_hashes(
     assert sorted(salts) == [["a"], ["b"]], "of the first blocks"
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests = mixed_requests(4)
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -221,6 +222,7 @@ def test_resets(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None
     assert router.held("CPU") == known["CPU"]
 
 
+@pytest.mark.slow
 def test_engine_and_server_come_back(make_engine: MakeEngine, router: Router, tmp_path: Path) -> None:
     requests = mixed_requests(4)
     first = started(make_engine, config(tmp_path, **PATIENT), **options(None))

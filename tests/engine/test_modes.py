@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from engine_rig import BLOCK, Engine, Expected, MakeEngine, Request, config, mixed_requests, stack, until
 
 PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -126,6 +127,7 @@ def test_processes(make_engine: MakeEngine, expected: Expected, tmp_path: Path) 
     assert min(cached) > 0
 
 
+@pytest.mark.slow
 def test_tensor_parallel(make_engine: MakeEngine, expected: Expected, tmp_path: Path) -> None:
     """Two workers, each with its half of every block."""
     requests = mixed_requests(4, seed=3)

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from engine_rig import BLOCK, Engine, MakeEngine, Request, config
 
 COUNT, LENGTH = 8, 20 * BLOCK + 5
@@ -121,6 +122,7 @@ def test_metrics_say_what_was_served(make_engine: MakeEngine, tmp_path: Path) ->
     assert shown(engine)["flexkv_failed_fetches", None] == engine.figures()["failed_fetches"] == 1
 
 
+@pytest.mark.slow
 def test_metrics_go_from_process_to_process(make_engine: MakeEngine, tmp_path: Path) -> None:
     """Below MultiConnector too, which looks classes up by name: nobody has told vLLM this one's but its path."""
     inner = config(tmp_path, {"tiers": [{"backend": "cpu", "capacity": "32MiB"}]}, load_or_compute=False)
