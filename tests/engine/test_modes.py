@@ -74,16 +74,15 @@ answer = phases
 IDLE = """
 import time
 
-half = connector._scheduler
-for _ in range(2000):
-    if not (half._tracked or half._loading or half._finishing):
-        break
+half, limit = connector._scheduler, time.monotonic() + 30
+while (half._tracked or half._loading or half._finishing) and time.monotonic() < limit:
     llm.llm_engine.step()
-for _ in range(500):  # copies that have been cancelled run to their end
+while time.monotonic() < limit:  # copies that have been cancelled run to their end
     stats = half._client.stats()
     if not (stats["pinned_fetches"] or stats["pinned_bytes"] or stats["fetches"] or stats["pending_stores"]):
         break
     time.sleep(0.02)
+stats = half._client.stats()
 scheduler = llm.llm_engine.engine_core.engine_core.scheduler
 answer = {
     "tracked": len(half._tracked), "loading": len(half._loading), "finishing": len(half._finishing),
