@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def short(zygote: Zygote, hybrid: Path, folder: Path) -> Iterator[Engine]:
     """With the connector, and room for little anywhere."""
-    options: dict[str, Any] = {"num_gpu_blocks_override": 110, "max_num_batched_tokens": 128, "max_num_seqs": 16}
+    options: dict[str, Any] = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 128, "max_num_seqs": 16}
     made = Engine(zygote, hybrid, folder / "engine.log", config(folder, stack(folder)), **options)
     watched(made)
     yield made
@@ -235,4 +235,4 @@ def test_mixed_requests_where_memory_is_short(
 
     tokens = short.tokens(requests[160:], batch=8, max_tokens=100, on_batch=kill)
     assert tokens == said[160:]
-    assert short.run("answer = len(preempted)") >= 5
+    assert (count := short.run("answer = len(preempted)")) >= 5, count
