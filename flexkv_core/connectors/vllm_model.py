@@ -93,7 +93,9 @@ def _group(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, number: int,
 
         layers = int(vllm_config.model_config.hf_text_config.num_hidden_layers)
         stages = [end - start for start, end in (get_pp_indices(layers, rank, pipeline) for rank in range(pipeline))]
-    page = int(spec.page_size_bytes)
+    # Tensors show a page without what pads it to another group's, as of a state beside full attention.
+    padded = getattr(spec, "page_size_padded", None) is not None
+    page = int((dataclasses.replace(spec, page_size_padded=None) if padded else spec).page_size_bytes)
     layout = f"{kv_cache_config.kv_cache_layout}: {spec!r}"
     replicated = isinstance(spec, kv.MLAAttentionSpec)
     if replicated and pipeline == 1:
