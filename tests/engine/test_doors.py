@@ -197,7 +197,8 @@ def served(model: Path, folder: Path, connector: dict[str, Any], env: dict[str, 
         process.wait()
 
 
-@pytest.mark.parametrize("name", [PLUGIN, pytest.param(IN_TREE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PLUGIN, IN_TREE])
 def test_vllm_serve(name: str, model: Path, expected: Expected, tmp_path: Path) -> None:
     requests = [request for request in mixed_requests(12, seed=3) if len(request["tokens"]) > 64][:6]
     told = expected(requests)
