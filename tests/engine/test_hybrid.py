@@ -215,6 +215,7 @@ def test_blocks_that_leave_the_window_while_they_are_copied(short: Engine, alone
     assert sum(found) > 0
 
 
+@pytest.mark.slow
 def test_mixed_requests_where_memory_is_short(
     short: Engine, folder: Path, mixed: tuple[list[Request], list[list[int]]]
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_throttled_tier_turns_the_decision(
         assert figures["choice_probes"] >= 1
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_off(make_engine: MakeEngine, tmp_path: Path) -> None:
     rate = THROTTLED * 50  # it takes twice as long as computing
     engine = make_engine(config(tmp_path, over(tmp_path, rate), fetch_s=60.0, call_s=20.0, load_or_compute=False))

@@ -115,6 +115,7 @@ def from_flexkv(engine: Engine, requests: list[Request]) -> tuple[list[list[int]
     return tokens, cached
 
 
+@pytest.mark.slow
 def test_processes(make_engine: MakeEngine, expected: Expected, tmp_path: Path) -> None:
     """The scheduler in a process of its own, as `vllm serve` has it."""
     requests = mixed_requests(100, seed=2)
