@@ -35,8 +35,9 @@ file = Path(find_spec("torchvision").origin).with_name("extension.py")
 mark = "# without CUDA"
 if mark not in file.read_text():
     schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    names = [f'if not _has_ops(): torch.library.define("torchvision::{op}", "{schema}")  {mark}' for op in ("nms", "qnms")]
-    file.write_text("\n".join([file.read_text(), *names, ""]))
+    names = [f'    library.define("torchvision::{op}", "{schema}")' for op in ("nms", "qnms")]
+    added = [f"if not _has_ops():  {mark}", "    from torch import library", *names]
+    file.write_text("\n".join([file.read_text(), *added, ""]))
 PY
 pip install -q -r "$tree/requirements/build.txt"
 pip install -q --no-build-isolation -e "$tree"

@@ -24,10 +24,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from flexkv_core.connectors.hooks import Cost, timed
 from flexkv_core.connectors.vllm_config import connector_config
+from flexkv_core.connectors.vllm_ends import Ends
 from flexkv_core.connectors.vllm_events import Announcements, VllmForm
 from flexkv_core.connectors.vllm_model import model_spec, world_of
 from flexkv_core.connectors.vllm_plugin import name_own
-from flexkv_core.connectors.vllm_scheduler import Ends, SchedulerHalf
+from flexkv_core.connectors.vllm_scheduler import SchedulerHalf
 from flexkv_core.connectors.vllm_stats import FlexKVPromMetrics, FlexKVStats, hit_sources, tier_kinds
 from flexkv_core.connectors.vllm_worker import WorkerHalf
 from flexkv_core.errors import FlexKVError

@@ -23,6 +23,7 @@ from flexkv_core.connectors.arrivals import Arrival, Arrivals
 from flexkv_core.connectors.load_or_compute import LoadOrCompute
 from flexkv_core.connectors.observations import Counts, Observations
 from flexkv_core.connectors.vllm_blocks import DeviceBlocks, DeviceTables, rows
+from flexkv_core.connectors.vllm_ends import NOTHING, Ends
 from flexkv_core.connectors.vllm_events import Announcements
 from flexkv_core.connectors.vllm_model import Namespaces, cacheable, extras_of
 from flexkv_core.errors import FlexKVError, ServerAwayError, UnknownNamespaceError
@@ -44,29 +45,6 @@ STORE_S = 10.0
 """Device blocks are held for their stores no longer than this."""
 REGISTER_AGAIN_S = 1.0
 """Between two attempts to register a namespace while the server is away."""
-
-
-@dataclass(slots=True)
-class Ends:
-    """What has ended since the last step, for the workers to tell vLLM.
-
-    Attributes:
-        loaded: requests whose load is complete. failed: whose load has failed, with its tag.
-        saved: finished requests whose blocks may go.
-        revoked: tags of transfers whose device blocks are about to be others': no copy of theirs may run any more.
-    """
-
-    loaded: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    saved: set[str] = field(default_factory=set)
-    revoked: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.loaded or self.failed or self.saved or self.revoked)
-
-
-NOTHING = Ends()
-"""What most steps have; not to be changed."""
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkv_core.connectors.vllm_scheduler import Ends
+from flexkv_core.connectors.vllm_ends import Ends
 from flexkv_core.device.cpu import CpuDevice
 from flexkv_core.errors import LayoutError
 from flexkv_core.server import DeviceAgent

@@ -30,6 +30,18 @@ ENVIRON = {
     "OMP_NUM_THREADS": "1",
 }
 
+ZEROED = """
+from flexkv_core.device.cpu import CpuDevice
+if "zeroed" not in globals():
+    zeroed = set()
+    def zeroing(self, host, offsets, blocks, group=0, plain=CpuDevice.scatter):
+        plain(self, host, offsets, blocks, group)
+        if group in zeroed:
+            for tensor in self._tensors[group]:
+                tensor[[int(block) for block in blocks]] = 0
+    CpuDevice.scatter = zeroing
+"""
+
 Request = dict[str, Any]
 MakeEngine = Callable[..., "Engine"]
 Expected = Callable[..., list[list[int]]]
@@ -182,6 +194,10 @@ class Engine:
         """The server's; single-process engines only."""
         stats: dict[str, Any] = self.run("answer = connector._scheduler._client.stats()")
         return stats
+
+    def zero_loads(self, *groups: int) -> None:
+        """From now on loads bring zeros to these KV groups, and to these only. Single-process engines only."""
+        self.run(f"{ZEROED}zeroed.clear()\nzeroed.update({groups})")
 
     def figures(self) -> dict[str, int]:
         """The scheduler half's; single-process engines only."""

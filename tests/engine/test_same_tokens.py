@@ -26,16 +26,6 @@ def digests():
     seen.clear()
     return found
 """
-ZERO = """
-from flexkv_core.device.cpu import CpuDevice
-scatter = CpuDevice.scatter
-def zeroed(self, *arguments, **named):
-    scatter(self, *arguments, **named)
-    for tensors in self._tensors:
-        for tensor in tensors:
-            tensor.zero_()
-CpuDevice.scatter = zeroed
-"""
 
 
 def long_prompts(count: int, seed: int) -> list[Request]:
@@ -102,7 +92,7 @@ def test_what_was_damaged_is_computed_and_what_is_zeroed_is_seen(
     assert flex.stats()["tiers"]["directory"]["corrupt_blocks"] > 0
     # The control: were loads to bring wrong bytes, the tokens would show it.
     before = flex.figures()["loads"]
-    flex.run(ZERO)
+    flex.zero_loads(0)
     flex.settle()
     assert flex.tokens(requests[-20:]) != expected(requests)[-20:]
     assert flex.figures()["loads"] > before

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import drawn, write
 
 RANK = 8
 
@@ -24,14 +22,11 @@ def make(folder: Path, *, seed: int, layers: int = 2, hidden: int = 128, std: fl
         "bias": "none",
         "target_modules": list(modules),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(seed)
+    normal = drawn(seed, std)
     weights = {}
     for layer in range(layers):
         for name, size in modules.items():
             at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{at}.lora_A.weight"] = torch.randn(RANK, hidden, generator=generator) * std
-            weights[f"{at}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) * std
-    save_file(weights, str(folder / "adapter_model.safetensors"))
-    return folder
+            weights[f"{at}.lora_A.weight"] = normal(RANK, hidden)
+            weights[f"{at}.lora_B.weight"] = normal(size, RANK)
+    return write(folder, config, weights, ("adapter_config.json", "adapter_model.safetensors"))

@@ -5,14 +5,11 @@ Its outputs depend on the KV of each group: norms make what attention says as la
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import COMMON, VOCABULARY, drawn, write
 
-VOCABULARY = 512
-STD = 0.15
 WINDOW = 64
 LAYERS = ("sliding_attention", "sliding_attention", "full_attention") * 2
 GROUPS = 3
@@ -22,6 +19,7 @@ def make(folder: Path, *, heads: int = 4, kv_heads: int = 2, dim: int = 32, seed
     """Write config.json and model.safetensors; returns the folder."""
     hidden, inner = heads * dim, 2 * heads * dim
     config = {
+        **COMMON,
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "hidden_size": hidden,
@@ -33,25 +31,15 @@ def make(folder: Path, *, heads: int = 4, kv_heads: int = 2, dim: int = 32, seed
         "num_key_value_heads": kv_heads,
         "head_dim": dim,
         "query_pre_attn_scalar": dim,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "rope_local_base_freq": 10000.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * STD
-
+    normal = drawn(seed)
     weights = {
         "model.embed_tokens.weight": normal(VOCABULARY, hidden),
         "model.norm.weight": torch.zeros(hidden),  # they are multiplied with 1 + weight
@@ -78,5 +66,4 @@ def make(folder: Path, *, heads: int = 4, kv_heads: int = 2, dim: int = 32, seed
             ("self_attn.k_norm", dim, 0.0),
         ):
             weights[f"{at}{name}.weight"] = torch.full((size,), weight)
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    return folder
+    return write(folder, config, weights)

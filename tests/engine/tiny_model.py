@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
-VOCABULARY = 512
-STD = 0.15
+from tiny_checkpoint import COMMON, VOCABULARY, drawn, write
 
 
 def make(folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, dim: int = 32, seed: int = 0) -> Path:
     """Write config.json and model.safetensors; returns the folder."""
     hidden, inner = heads * dim, 2 * heads * dim
     config = {
+        **COMMON,
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -24,24 +21,14 @@ def make(folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, di
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": dim,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "hidden_act": "silu",
         "attention_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * STD
-
+    normal = drawn(seed)
     weights = {
         "model.embed_tokens.weight": normal(VOCABULARY, hidden),
         "model.norm.weight": torch.ones(hidden),
@@ -66,5 +53,4 @@ def make(folder: Path, *, layers: int = 2, heads: int = 4, kv_heads: int = 2, di
             "self_attn.k_norm": dim,
         }.items():
             weights[f"{at}{name}.weight"] = torch.ones(size)
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    return folder
+    return write(folder, config, weights)

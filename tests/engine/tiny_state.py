@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import COMMON, VOCABULARY, drawn, write
 
-VOCABULARY, HIDDEN, INNER, LAYERS = 512, 128, 256, 4
+HIDDEN, INNER, LAYERS = 128, 256, 4
 HEADS, KV_HEADS, DIM = 4, 2, 128
 KEY, VALUE, VALUE_HEADS = 2 * DIM, 4 * DIM, 4
 EXPERTS, EXPERT = 4, 64
-STD = 0.15
 
 
 def make(folder: Path, *, seed: int = 0) -> Path:
     """Write config.json and model.safetensors; returns the folder."""
     config = {
+        **COMMON,
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",
         "hidden_size": HIDDEN,
@@ -32,24 +31,18 @@ def make(folder: Path, *, seed: int = 0) -> Path:
         "linear_key_head_dim": DIM,
         "linear_value_head_dim": DIM,
         "linear_conv_kernel_dim": 4,
-        "vocab_size": VOCABULARY,
         "num_experts": EXPERTS,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": EXPERT,
         "shared_expert_intermediate_size": EXPERT,
         "mlp_only_layers": list(range(LAYERS - 1)),  # vLLM wants one that has experts
-        "max_position_embeddings": 4096,
         "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
         "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(seed)
+    draw = drawn(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * STD).bfloat16()
+        return draw(*shape).bfloat16()
 
     weights = {
         "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN),
@@ -88,5 +81,4 @@ def make(folder: Path, *, seed: int = 0) -> Path:
             weights[f"{at}{name}"] = normal(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{at}{name}.weight"] = torch.zeros(HIDDEN)
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    return folder
+    return write(folder, config, weights)
